@@ -1,0 +1,1 @@
+"""Hyperparameters that transfer across model scale, derived from the user's own model."""

@@ -1,0 +1,143 @@
+"""The errors of this project: what happened, where in the user's file, what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "CannotMakeInputs",
+    "CaptureFailed",
+    "ConflictingUses",
+    "GraphsDiffer",
+    "MixedBlocks",
+    "NoSuchAxis",
+    "OurBug",
+    "ScalingError",
+    "TooManyGrowingAxes",
+    "UnknownName",
+    "UnreachedWeights",
+    "UnsupportedOperator",
+    "WrongWidth",
+]
+
+
+class ScalingError(Exception):
+    """Base class: `except ScalingError` catches everything this project raises on purpose."""
+
+
+class CannotMakeInputs(ScalingError):
+    """The model's first consumers do not tell what its inputs must be."""
+
+    def __init__(self, model: str, signature: str, tried: Iterable[str], last: str) -> None:
+        self.model, self.signature, self.tried, self.last = model, signature, tuple(tried), last
+        tries = "\n  tried: ".join(("", *self.tried))
+        super().__init__(
+            f"no inputs could be made up for {model}.forward{signature}{tries}\n  the last attempt ended in: {last}\n"
+            "  pass them as to torch.export: derive(model, (x, y), {'name': z})"
+        )
+
+
+class CaptureFailed(ScalingError):
+    """The model's own forward raised while it was recorded."""
+
+    def __init__(self, model: str, where: str, cause: str) -> None:
+        self.model, self.where, self.cause = model, where, cause
+        super().__init__(f"{model} could not be recorded: {cause}\n  at {where}\n  check that model(*args, **kwargs) runs on its own")
+
+
+class UnsupportedOperator(ScalingError):
+    """An operator without a rule consumes a weight."""
+
+    def __init__(self, operator: str, weight: str, where: str) -> None:
+        self.operator, self.weight, self.where = operator, weight, where
+        super().__init__(
+            f"no rule for {operator}, which uses weight '{weight}'\n  at {where}\n"
+            f'  add its signature: scaling.operators.register("{operator}", "... i, o i -> ... o")'
+        )
+
+
+class ConflictingUses(ScalingError):
+    """A weight is used twice in ways no choice of multipliers reconciles (THEORY 2.3)."""
+
+    def __init__(self, weight: str, wants: Iterable[str], where: Iterable[str], why: str) -> None:
+        self.weight, self.wants, self.where = weight, tuple(wants), tuple(where)
+        super().__init__(
+            f"weight '{weight}' is used more than once, wanting {' and '.join(self.wants)}\n  at {'   and   '.join(self.where)}\n  {why}"
+        )
+
+
+class TooManyGrowingAxes(ScalingError):
+    """More than two axes of one map grow: outside the theory (TP5, App. B)."""
+
+    def __init__(self, weight: str, dims: str, where: str) -> None:
+        self.weight, self.dims, self.where = weight, dims, where
+        super().__init__(
+            f"weight '{weight}' {dims} has more than two growing axes, which the theory does not cover\n  at {where}\n"
+            "  keep one of them fixed: derive(..., fixed={'" + weight + "': axis})"
+        )
+
+
+class GraphsDiffer(ScalingError):
+    """The models of two widths do not run the same operators."""
+
+    def __init__(self, widths: tuple[str, str], first: str, second: str) -> None:
+        self.widths, self.first, self.second = widths, first, second
+        super().__init__(
+            f"the models at {widths[0]} and {widths[1]} do not run the same operators; the first difference:\n"
+            f"  {widths[0]}: {first}\n  {widths[1]}: {second}\n"
+            "  choose widths at which the model takes the same path (no size of 1, the same depth and number of experts)"
+        )
+
+
+class NoSuchAxis(ScalingError):
+    """An axis override matches no weight axis."""
+
+    def __init__(self, option: str, pattern: str, why: str) -> None:
+        self.option, self.pattern = option, pattern
+        super().__init__(f"{option}={{{pattern!r}: ...}} {why}")
+
+
+class UnreachedWeights(ScalingError):
+    """Trainable weights that no rule reaches."""
+
+    def __init__(self, names: Iterable[str], why: str) -> None:
+        self.names = tuple(names)
+        super().__init__(
+            f"{why}: {', '.join(self.names)}\n"
+            "  pass inputs to derive() that make the model use them, or freeze them: weight.requires_grad_(False)"
+        )
+
+
+class MixedBlocks(ScalingError):
+    """The blocks of one weight follow different rules, so the weight as a whole has none."""
+
+    def __init__(self, weight: str, quantity: str, values: Iterable[str]) -> None:
+        self.weight, self.quantity, self.values = weight, quantity, tuple(values)
+        super().__init__(
+            f"the blocks of '{weight}' differ in {quantity}: {', '.join(self.values)}\n  ask one of them: table['{weight}'].blocks[0].{quantity}"
+        )
+
+
+class UnknownName(ScalingError, ValueError):
+    """A name that is in no table; the known ones are listed."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, tuple(known)
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(self.known)}")
+
+
+class WrongWidth(ScalingError):
+    """A model whose shapes are the table's shapes at no width."""
+
+    def __init__(self, weight: str, shape: tuple[int, ...], expected: str) -> None:
+        self.weight, self.shape, self.expected = weight, shape, expected
+        super().__init__(
+            f"weight '{weight}' has shape {shape}, the table says {expected}\n  derive the table from this model, or build the model it was derived from"
+        )
+
+
+class OurBug(ScalingError):
+    """Something this project got wrong by its own standards."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}\n  this is a bug of spectral-mup, not of your model: please report it with the model and the inputs")

@@ -1,0 +1,347 @@
+"""The nouns: frozen values that the stages hand on, and that a user holds in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Annotated, Literal
+
+import sympy
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+from scaling import optimizers
+from scaling.errors import MixedBlocks, UnknownName, WrongWidth
+from scaling.limits import WIDTH, exact, exponent
+
+__all__ = ["AxisClass", "Block", "Contraction", "Coverage", "Exact", "Factor", "ScalingTable", "Source", "Use", "WeightRule"]
+
+Exact = Annotated[sympy.Expr, BeforeValidator(exact), PlainSerializer(str, return_type=str)]
+Part = Literal["in", "out", "copy", "lookup"]
+Role = Literal["input", "embedding", "hidden", "output", "vector", "scalar"]
+ONE = sympy.Integer(1)
+
+QUANTITIES = ("init_std", "multiplier", "fan_in", "fan_out", "copies", "eps", "weight_decay", *optimizers.LEARNING_RATES)
+
+
+class Record(BaseModel):
+    """A frozen value."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
+
+
+class Source(Record):
+    """A line of the user's own file, and the module whose forward it belongs to."""
+
+    file: str
+    line: int
+    code: str
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.code}" + (f"  (in {self.module})" if self.module else "")
+
+
+class Factor(Record):
+    """One factor of a weight's axis (an axis is a product, outermost first) and the part of it a block takes.
+
+    `part`: "in" is summed over, "out" survives, "copy" is shared with the input (one map per index), "lookup" is indexed.
+    """
+
+    size: Exact
+    part: Part
+    start: Exact
+    stop: Exact
+
+    @property
+    def extent(self) -> sympy.Expr:
+        """The number of indices the block takes."""
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether the block takes all of the factor."""
+        return self.start == 0 and self.stop == self.size
+
+
+class _Map(Record):
+    fan_in: Exact
+    fan_out: Exact
+    copies: Exact = ONE
+    multiplier: Exact = ONE
+    input_scale: Exact = ONE
+    target: Exact = ONE
+
+
+class Use(_Map):
+    """A weight at one operator: `fan_in` terms are summed into each of `fan_out` outputs, in `copies` separate maps.
+
+    `target` is the RMS size the output is meant to have and `input_scale` the input's, 1 but for THEORY 1.7's exceptions.
+    `multiplier` is the fixed factor on the weight at this use.
+    """
+
+    operator: str
+    source: Source
+    lookup: bool = False
+
+
+class Block(_Map):
+    """A part of a weight that is a map of its own (q in a fused q‖k‖v): the rules hold for it alone.
+
+    `axes` has one tuple of factors per weight axis.
+    """
+
+    axes: tuple[tuple[Factor, ...], ...]
+    lookup: bool = False
+
+    @property
+    def dims(self) -> tuple[sympy.Expr, ...]:
+        """The block's own shape in d."""
+        return tuple(sympy.Mul(*(factor.extent for factor in axis)) for axis in self.axes)
+
+    @property
+    def slices(self) -> tuple[slice, ...] | None:
+        """One slice per weight axis, bounds in d; None where the block is interleaved with others (read `axes` then)."""
+        out = []
+        for axis in self.axes:
+            first, rest = axis[0] if axis else None, axis[1:]
+            if any(not factor.whole for factor in rest):
+                return None
+            inner = sympy.Mul(*(factor.size for factor in rest))
+            out.append(slice(first.start * inner, first.stop * inner) if first else slice(sympy.Integer(0), ONE))
+        return tuple(out)
+
+    @property
+    def init_std(self) -> sympy.Expr:
+        """σ of the initial Gaussian entries."""
+        return optimizers.init_std(self)
+
+    @property
+    def spectral_norm(self) -> sympy.Expr:
+        """‖W‖₂ and ‖ΔW‖₂ as the spectral condition wants them."""
+        return optimizers.spectral_norm(self)
+
+    @property
+    def lr(self) -> dict[str, sympy.Expr]:
+        """Learning-rate factor per optimizer family."""
+        return {family: rule(self) for family, rule in optimizers.LEARNING_RATES.items()}
+
+    @property
+    def eps(self) -> sympy.Expr:
+        """Factor on Adam's ε."""
+        return optimizers.epsilon(self)
+
+    @property
+    def weight_decay(self) -> sympy.Expr:
+        """Factor on AdamW's (lr-coupled) λ; for another family it is one over that family's lr factor."""
+        return optimizers.weight_decay(self)
+
+    @property
+    def role(self) -> Role:
+        """What the limits d→∞ of the fans recover (TP5, App. B); never an input to a rule."""
+        contracts, emits, copied = (exponent(value) > 0 for value in (self.fan_in, self.fan_out, self.copies))
+        if contracts:
+            return "hidden" if emits else "output"
+        if not (emits or copied):
+            return "scalar"
+        if self.lookup:
+            return "embedding"
+        return "input" if emits and self.fan_in != 1 else "vector"
+
+    def quantity(self, name: str) -> sympy.Expr:
+        """A quantity by the name `exponent` takes.
+
+        Raises:
+            UnknownName: if there is no such quantity.
+        """
+        if name in optimizers.LEARNING_RATES:
+            return self.lr[name]
+        if name not in QUANTITIES:
+            raise UnknownName("quantity", name, QUANTITIES)
+        return getattr(self, name)
+
+    def exponent(self, name: str) -> sympy.Rational:
+        """The power of d that the quantity follows as d→∞."""
+        return exponent(self.quantity(name))
+
+
+class WeightRule(Record):
+    """The rules of one trainable weight. Quantities are exact sympy expressions in the width d.
+
+    A quantity in which the blocks differ is asked of a block: `rule.blocks[0].fan_out`.
+
+    Raises:
+        MixedBlocks: by every quantity in which the blocks differ.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dims: tuple[Exact, ...]
+    uses: tuple[Use, ...]
+    blocks: tuple[Block, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The first of the weight's names; `names` has the tied ones too."""
+        return self.names[0]
+
+    def _agreed(self, quantity: str, values: list) -> sympy.Expr:
+        first = values[0]
+        if any(value != first for value in values[1:]):
+            raise MixedBlocks(self.name, quantity, dict.fromkeys(map(str, values)))
+        return first
+
+    @property
+    def fan_in(self) -> sympy.Expr:
+        """Terms summed into one output coordinate."""
+        return self._agreed("fan_in", [block.fan_in for block in self.blocks])
+
+    @property
+    def fan_out(self) -> sympy.Expr:
+        """Output coordinates of one map."""
+        return self._agreed("fan_out", [block.fan_out for block in self.blocks])
+
+    @property
+    def copies(self) -> sympy.Expr:
+        """Separate maps."""
+        return self._agreed("copies", [block.copies for block in self.blocks])
+
+    @property
+    def init_std(self) -> sympy.Expr:
+        """σ of the initial Gaussian entries."""
+        return self._agreed("init_std", [block.init_std for block in self.blocks])
+
+    @property
+    def multiplier(self) -> sympy.Expr:
+        """The fixed factor on the weight in the forward pass; for a tied weight the one of its later use."""
+        scaled = [use.multiplier for use in self.uses if use.multiplier != 1]
+        return scaled[0] if scaled else self._agreed("multiplier", [block.multiplier for block in self.blocks])
+
+    @property
+    def lr(self) -> dict[str, sympy.Expr]:
+        """Learning-rate factor per optimizer family."""
+        return {family: self._agreed(f"lr[{family!r}]", [block.lr[family] for block in self.blocks]) for family in optimizers.LEARNING_RATES}
+
+    @property
+    def eps(self) -> sympy.Expr:
+        """Factor on Adam's ε."""
+        return self._agreed("eps", [block.eps for block in self.blocks])
+
+    @property
+    def weight_decay(self) -> sympy.Expr:
+        """Factor on AdamW's lr-coupled λ."""
+        return self._agreed("weight_decay", [block.weight_decay for block in self.blocks])
+
+    @property
+    def role(self) -> Role:
+        """What the limits recover: "input", "embedding", "hidden", "output", "vector" or "scalar"."""
+        return self._agreed("role", [block.role for block in self.blocks])  # pyright: ignore[reportReturnType]
+
+    def exponent(self, name: str) -> sympy.Rational:
+        """The power of d that a quantity follows as d→∞: an exact Rational.
+
+        Args:
+            name: "init_std", "multiplier", "fan_in", "fan_out", "copies", "eps", "weight_decay", or an optimizer family.
+
+        Raises:
+            MixedBlocks: if the blocks have different exponents.
+            UnknownName: if there is no such quantity.
+        """
+        if name == "multiplier":
+            return exponent(self.multiplier)
+        return self._agreed(name, [block.exponent(name) for block in self.blocks])  # pyright: ignore[reportReturnType]
+
+
+class AxisClass(Record):
+    """Axes that the graph shows to be the same dimension. `where` has (weight, axis) pairs."""
+
+    size: int
+    dims: Exact
+    where: tuple[tuple[str, int], ...]
+    grows: bool
+    known: bool
+    reason: str
+
+
+class Contraction(Record):
+    """A product of two activations summed over a growing axis (q·k): it needs the factor 1/`dim`, of which `present` is in the model.
+
+    `folded`: the weights that carry the rest, or () where nothing could.
+    """
+
+    operator: str
+    source: Source
+    dim: Exact
+    present: Exact
+    folded: tuple[str, ...]
+
+
+class Coverage(Record):
+    """How much of the model the derivation reached."""
+
+    trainable: int
+    reached: int
+    unreached: tuple[str, ...] = ()
+    operators_without_rule: tuple[str, ...] = ()
+    made_up: int = 0
+
+
+class ScalingTable(Record):
+    """The scaling table: one rule per trainable weight, in model order; a tied alias finds the same rule.
+
+    `size` is the width d of the model the table was derived from.
+    """
+
+    size: int
+    rules: tuple[WeightRule, ...]
+    classes: tuple[AxisClass, ...] = ()
+    contractions: tuple[Contraction, ...] = ()
+    coverage: Coverage
+    model: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> sympy.Symbol:
+        """The symbol d."""
+        return WIDTH
+
+    @cached_property
+    def _by_name(self) -> dict[str, WeightRule]:
+        return {name: rule for rule in self.rules for name in rule.names}
+
+    def __getitem__(self, name: str) -> WeightRule:
+        if name not in self._by_name:
+            raise UnknownName("weight", name, self._by_name)
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[WeightRule]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def size_of(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        """The width d at which the table's shapes are the given ones (`name -> shape` of every weight of a model).
+
+        Raises:
+            WrongWidth: if a weight has another number of axes, or no single d fits all shapes.
+        """
+        if all(shapes.get(rule.name) == rule.shape for rule in self.rules):
+            return self.size
+        size = None
+        for rule in self.rules:
+            if rule.name not in shapes:
+                raise WrongWidth(rule.name, (), f"{rule.dims}")
+            shape = shapes[rule.name]
+            if len(shape) != len(rule.dims):
+                raise WrongWidth(rule.name, shape, f"{rule.dims}")
+            for dim, length in zip(rule.dims, shape, strict=True):
+                if size is None and dim.has(WIDTH):
+                    roots = [root for root in sympy.solve(dim - length, WIDTH) if root.is_Integer]
+                    size = int(roots[0]) if roots else None
+                if size is None and dim.has(WIDTH) or dim.subs(WIDTH, size or 1) != length:
+                    raise WrongWidth(rule.name, shape, f"{rule.dims}" + (f" = {tuple(x.subs(WIDTH, size) for x in rule.dims)}" if size else ""))
+        return self.size if size is None else size
