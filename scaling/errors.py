@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 __all__ = [
     "CannotMakeInputs",
+    "CannotMeasure",
     "CaptureFailed",
     "ConflictingUses",
+    "FormatError",
     "GraphsDiffer",
+    "MissingExtra",
     "MixedBlocks",
     "NoSuchAxis",
     "OurBug",
@@ -108,6 +111,14 @@ class UnreachedWeights(ScalingError):
         )
 
 
+class FormatError(ScalingError, ValueError):
+    """Text that is not a scaling table as `to_json` writes it, or one whose values do not follow from its own entries."""
+
+    def __init__(self, where: str, what: str) -> None:
+        self.where, self.what = where, what
+        super().__init__(f"this is not a scaling table that can be read: {what}\n  at {where}\n  write one anew: derive(model).to_json()")
+
+
 class MixedBlocks(ScalingError):
     """The blocks of one weight follow different rules, so the weight as a whole has none."""
 
@@ -134,6 +145,22 @@ class WrongWidth(ScalingError):
         super().__init__(
             f"weight '{weight}' has shape {shape}, the table says {expected}\n  derive the table from this model, or build the model it was derived from"
         )
+
+
+class CannotMeasure(ScalingError, ValueError):
+    """What was given cannot be trained or compared over widths."""
+
+    def __init__(self, what: str, cure: str) -> None:
+        self.what, self.cure = what, cure
+        super().__init__(f"{what}\n  {cure}")
+
+
+class MissingExtra(ScalingError, ImportError):
+    """A package that only some functions need is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"{what} needs {package}, which is not installed\n  pip install 'spectral-mup[{extra}]'")
 
 
 class OurBug(ScalingError):

@@ -42,8 +42,12 @@ def spectral_norm(use: Map) -> sympy.Expr:
 
 
 def init_std(use: Map) -> sympy.Expr:
-    """σ of Gaussian entries: √(1/fan_in · min(1, fan_out/fan_in)), from ‖W‖₂ ≈ σ(√fan_in + √fan_out) (seed; 2310.17813, §4)."""
-    return _gain(use) * sympy.sqrt(sympy.Min(1, use.fan_out / use.fan_in) / use.fan_in)
+    """σ of Gaussian entries: √(1/fan_in · min(1, fan_out/fan_in)), from ‖W‖₂ ≈ σ(√fan_in + √fan_out) (seed; 2310.17813, §4).
+
+    With fan_in = 1 the minimum is 1: fan_out is a count.
+    """
+    wide = sympy.Integer(1) if use.fan_in == 1 else sympy.Min(1, use.fan_out / use.fan_in)
+    return _gain(use) * sympy.sqrt(wide / use.fan_in)
 
 
 def sgd(use: Map) -> sympy.Expr:

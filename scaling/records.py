@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import sympy
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
@@ -286,6 +287,13 @@ class Coverage(Record):
     made_up: int = 0
 
 
+def _formats() -> ModuleType:
+    """`scaling.formats`, which is written in terms of this module and so cannot be imported above."""
+    from scaling import formats
+
+    return formats
+
+
 class ScalingTable(Record):
     """The scaling table: one rule per trainable weight, in model order; a tied alias finds the same rule.
 
@@ -323,6 +331,56 @@ class ScalingTable(Record):
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
 
+    def to_text(self, *, full: bool = False, width: int | None = None) -> str:
+        """The table as Unicode text, `width` characters across; repeated blocks on one line unless `full`."""
+        return _formats().to_text(self, full=full, width=width)
+
+    def to_markdown(self, *, full: bool = False) -> str:
+        """The table as GitHub-flavoured Markdown."""
+        return _formats().to_markdown(self, full=full)
+
+    def to_latex(self, *, full: bool = False) -> str:
+        """The table as a LaTeX `tabular` that needs no package."""
+        return _formats().to_latex(self, full=full)
+
+    def to_html(self, *, full: bool = False) -> str:
+        """The table as one self-contained `<div>`."""
+        return _formats().to_html(self, full=full)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table in plain values, every rule under its weight's name."""
+        return _formats().to_dict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON; `from_json` gives back an equal table."""
+        return _formats().to_json(self, indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ScalingTable:
+        """The table that `to_json` wrote.
+
+        Raises:
+            FormatError: if the text is not such a table.
+        """
+        return _formats().from_json(text)
+
+    def explain(self, name: str) -> str:
+        """The derivation of one weight's rules, step by step, from the operators that use it to the limit d→∞.
+
+        Raises:
+            UnknownName: if no weight has this name.
+        """
+        return _formats().explain(self, name)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __repr__(self) -> str:
+        return self.to_text()
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
     def size_of(self, shapes: dict[str, tuple[int, ...]]) -> int:
         """The width d at which the table's shapes are the given ones (`name -> shape` of every weight of a model).
 
@@ -342,6 +400,6 @@ class ScalingTable(Record):
                 if size is None and dim.has(WIDTH):
                     roots = [root for root in sympy.solve(dim - length, WIDTH) if root.is_Integer]
                     size = int(roots[0]) if roots else None
-                if size is None and dim.has(WIDTH) or dim.subs(WIDTH, size or 1) != length:
+                if (size is None and dim.has(WIDTH)) or dim.subs(WIDTH, size or 1) != length:
                     raise WrongWidth(rule.name, shape, f"{rule.dims}" + (f" = {tuple(x.subs(WIDTH, size) for x in rule.dims)}" if size else ""))
         return self.size if size is None else size

@@ -1,0 +1,462 @@
+"""Any nn.Module -> one fx graph of ATen operators; the only file that knows how torch traces.
+
+One run of the model is recorded by a dispatch mode, under inference mode so that `linear`, `einsum`, `scaled_dot_product_attention`
+stay whole operators. Float tensors are fake (no memory, no arithmetic); ints and bools are real, so that Python control flow on token
+ids, masks and positions just works. An int or bool that would depend on a float (a router's top-k) is made up, and counted.
+"""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from scaling.errors import CaptureFailed
+from scaling.records import Source
+
+__all__ = ["Recording", "record", "unwrap"]
+
+aten = torch.ops.aten
+
+SAME_VALUE = {"alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "alpha_dropout", "lift_fresh", "to", "_to_copy", "type_as"}
+"""Operators that hand their first input on: no node, so that graphs of several widths agree."""
+
+REAL_LIMIT = 2**22
+"""Elements up to which a float tensor that a factory makes is kept real (`linspace(...).tolist()` works on it)."""
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One run of a model: `graph` has placeholders (inputs), get_attr (weights, buffers, constants) and ATen operators.
+
+    On every node: `meta["val"]` (a fake or meta tensor, or a tuple), `meta["source"]`; on a weight's: `meta["names"]`, `meta["trainable"]`.
+    `made_up` counts the ints that would have depended on floats.
+    """
+
+    graph: fx.Graph
+    made_up: int
+    model: str
+
+
+@dataclass
+class _State:
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: dict[int, fx.Node] = field(default_factory=dict)
+    storages: dict[int, fx.Node] = field(default_factory=dict)
+    keep: list[Tensor] = field(default_factory=list)
+    made_up: int = 0
+    modules: list[str] = field(default_factory=list)
+    last: tuple[str, tuple[fx.Node, ...], str] | None = None
+
+
+def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Recording:
+    """Records one run of `model(*args, **kwargs)`.
+
+    The model is as it was afterwards: weights, buffers, training flags, RNG. Trainable weights that the run does not use are looked for
+    again with every made-up comparison False, and the two runs are one graph.
+
+    Raises:
+        CaptureFailed: if the model's forward raises; with the line of the user's file.
+    """
+    model = unwrap(model)
+    state = _State()
+    with _as_it_was(model), _Swapped(model, state) as swapped:
+        state = _first_that_runs(model, swapped, args, kwargs)
+        unused = [node for node in state.graph.nodes if node.meta.get("trainable") and not node.users]
+        if unused and state.made_up:
+            with ExitStack() as stack, _quiet():
+                stack.enter_context(torch.inference_mode())
+                _run(model, swapped, state, args, kwargs, truth=False)
+    state.graph.lint()
+    return Recording(graph=state.graph, made_up=state.made_up, model=type(model).__name__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module below `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+def _first_that_runs(model: nn.Module, swapped: _Swapped, args: Sequence[Any], kwargs: dict[str, Any]) -> _State:
+    first: Exception | None = None
+    for mode in (torch.inference_mode, torch.no_grad):  # the second for autograd inside forward
+        state = _State()
+        try:
+            with mode():
+                _run(model, swapped, state, args, kwargs, truth=True)
+        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+            first = first or _failed(model, error, state)
+        else:
+            return state
+    assert first is not None
+    raise first
+
+
+def _failed(model: nn.Module, error: Exception, state: _State) -> Exception:
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    users = [place for place in frames if not place[0].startswith((_TORCH, _HERE))] or frames
+    file, line = users[-1]
+    failure = CaptureFailed(type(model).__name__, f"{file}:{line}: {linecache.getline(file, line).strip()}", f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    failure.last = state.last  # pyright: ignore[reportAttributeAccessIssue] - what inputs.py learns the first consumers from
+    return failure
+
+
+def _run(model: nn.Module, swapped: _Swapped, state: _State, args: Sequence[Any], kwargs: dict[str, Any], *, truth: bool) -> None:
+    recorder = _Recorder(swapped, state, truth=truth)
+    inputs = tree_map_only(Tensor, recorder.placeholder, (tuple(args), dict(kwargs)))
+    with recorder, _module_paths(model, state.modules):
+        output = model(*inputs[0], **inputs[1])
+    for old in [node for node in state.graph.nodes if node.op == "output"]:
+        state.graph.erase_node(old)
+    results = tuple(dict.fromkeys(state.nodes[id(tensor)] for tensor in _tensors(output) if id(tensor) in state.nodes))
+    node = state.graph.output(results)
+    node.meta["val"] = tuple(result.meta["val"] for result in results)
+
+
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and depth < 3 and not isinstance(leaf, (type, nn.Module)):
+            yield from _tensors(vars(leaf), depth + 1)
+
+
+class _Swapped:
+    """Context: every float parameter and buffer of the model is a fake CPU tensor, every other buffer a copy; undone on exit."""
+
+    def __init__(self, model: nn.Module, state: _State) -> None:
+        self.model = model
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.replacements: dict[int, Tensor] = {}
+        self.attributes: dict[int, tuple[tuple[str, ...], bool, bool]] = {}
+        self._undo: list[tuple[dict, str, Tensor]] = []
+
+    def __enter__(self) -> _Swapped:
+        names: dict[int, list[str]] = {}
+        for collect in (self.model.named_parameters, self.model.named_buffers):
+            for name, tensor in collect(remove_duplicate=False):
+                names.setdefault(id(tensor), []).append(name)
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    self._undo.append((table, name, tensor))
+                    is_weight = table is module._parameters
+                    if id(tensor) not in self.replacements:
+                        self.replacements[id(tensor)] = self._replacement(tensor, is_weight=is_weight)
+                    new = self.replacements[id(tensor)]
+                    self.attributes[id(new)] = tuple(names.get(id(tensor), (name,))), is_weight, is_weight and tensor.requires_grad
+                    table[name] = new
+        return self
+
+    def _replacement(self, tensor: Tensor, *, is_weight: bool) -> Tensor:
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+        fake = self.faked(tensor)
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_weight else fake
+
+    def faked(self, tensor: Tensor) -> Tensor:
+        with self.fake:
+            if tensor.layout != torch.strided:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+    def __exit__(self, *_: object) -> None:
+        for table, name, tensor in self._undo:
+            table[name] = tensor
+
+
+class _Recorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, swapped: _Swapped, state: _State, *, truth: bool) -> None:
+        super().__init__()
+        self.swapped, self.state, self.truth = swapped, state, truth
+        self.fake = swapped.fake
+
+    # nodes of tensors
+
+    def placeholder(self, tensor: Tensor) -> Tensor:
+        is_float = tensor.is_floating_point() or tensor.is_complex()
+        value = self.swapped.faked(tensor) if is_float else tensor.detach().to("cpu", copy=True)
+        index = sum(node.op == "placeholder" for node in self.state.graph.nodes)
+        if any(node.op != "placeholder" for node in self.state.graph.nodes):  # a second run: the same inputs again
+            return self._bind(value, self._attribute(f"input_{index}", value))
+        return self._bind(value, self._described(self.state.graph.placeholder(f"input_{index}"), value))
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> Tensor:
+        self.state.nodes[id(tensor)] = node
+        self.state.keep.append(tensor)
+        return tensor
+
+    def _described(self, node: fx.Node, value: Any) -> fx.Node:
+        source = _source(self.state.modules[-1] if self.state.modules else "")
+        node.meta.update(val=value, source=source, stack_trace=f'File "{source.file}", line {source.line}\n    {source.code}')
+        return node
+
+    def _attribute(self, target: str, value: Tensor) -> fx.Node:
+        graph = self.state.graph
+        first = next(iter(graph.nodes), None)
+        with graph.inserting_before(first) if first is not None else graph.inserting_after(None):
+            node = graph.create_node("get_attr", target)
+        return self._described(node, value)
+
+    def _known(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, FakeTensor) or id(tensor) in self.state.nodes or self._storage(tensor) in self.state.storages
+
+    @staticmethod
+    def _storage(tensor: Tensor) -> int:
+        try:
+            return tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return 0
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self.state.nodes:
+            return self.state.nodes[id(tensor)]
+        storage = self._storage(tensor)
+        if not isinstance(tensor, FakeTensor) and storage in self.state.storages:
+            return self.state.storages[storage]
+        names, is_weight, trainable = self.swapped.attributes.get(id(tensor), ((), False, False))
+        node = self._attribute(names[0] if names else f"constant_{len(self.state.graph.nodes)}", tensor)
+        node.meta.update(names=names if is_weight else (), trainable=trainable, constant=not names)
+        self._bind(tensor, node)
+        return node
+
+    # running
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        args, kwargs = tree_map_only(Tensor, self._ours, (args, kwargs))
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        if not any(self._known(tensor) and self._tracked(tensor) for tensor in inputs):
+            if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+                return self._real(func, args, kwargs)
+        nodes = tuple(self._node(tensor) for tensor in inputs)
+        name = _name(func)
+        self.state.last = (str(func), nodes, name)
+        output = self._execute(func, args, kwargs)
+        written = _written(func, args)
+        if written is None and name in SAME_VALUE and isinstance(output, Tensor) and _is_float(output):
+            return self._bind(output, nodes[0]) if output is not inputs[0] else output
+        return self._record(func, args, kwargs, output, written)
+
+    def _ours(self, tensor: Tensor) -> Tensor:
+        """The stand-in of a weight that reached an operator past the swap (an LSTM's flat weights), or of a meta constant."""
+        if id(tensor) in self.swapped.replacements:
+            return self.swapped.replacements[id(tensor)]
+        if tensor.is_meta and not isinstance(tensor, FakeTensor):
+            fake = self.swapped.replacements[id(tensor)] = self.swapped.faked(tensor)
+            self.state.keep += [tensor, fake]
+            return fake
+        return tensor
+
+    def _tracked(self, tensor: Tensor) -> bool:
+        """Whether a value follows from a weight or a float input; ints that the caller passed are known, but ordinary."""
+        return _is_float(tensor) or self._storage(tensor) in self.state.storages
+
+    def _real(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        size = args[0] if args and isinstance(args[0], (list, tuple)) else kwargs.get("size")
+        if size and all(isinstance(n, int) for n in size) and torch.Size(size).numel() > REAL_LIMIT and not func._schema.is_mutable:
+            with self.fake:
+                output = func(*args, **kwargs)
+            if isinstance(output, Tensor) and _is_float(output):
+                return output
+        output = func(*args, **kwargs)
+        origin = next((self.state.nodes[id(t)] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.state.nodes), None)
+        if origin is not None and origin.op == "placeholder" and isinstance(output, Tensor) and not _is_float(output):
+            self.state.keep.append(output)
+        return output
+
+    def _execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if _name(func) == "_local_scalar_dense":
+            self.state.made_up += 1
+            return 1.0 if self.truth else 0.0
+        try:
+            with self.fake:
+                output = func(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - a fake kernel stricter than the real one, or none
+            output = self._on_ones(func, args, kwargs)
+        if not isinstance(output, (Tensor, tuple, list)):
+            return output
+        indices = iter(range(10**6))
+        return tree_map_only(Tensor, lambda tensor: self._value(func, args, kwargs, tensor, next(indices)), output)
+
+    def _on_ones(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Runs the real kernel once on ones and takes the shapes; re-raises where that fails too."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if sum(tensor.numel() for tensor in tensors) > 2**27:
+            with self.fake:
+                return func(*args, **kwargs)
+        real = tree_map_only(Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype) if isinstance(t, FakeTensor) else t, (args, kwargs))
+        output = func(*real[0], **real[1])
+        return tree_map_only(Tensor, lambda t: self.swapped.faked(t) if _is_float(t) else t, output)
+
+    def _value(self, func: Any, args: tuple, kwargs: dict, tensor: Tensor, index: int) -> Tensor:
+        """The tensor itself, or a made-up real one where an int or bool follows from floats."""
+        if _is_float(tensor) or not isinstance(tensor, FakeTensor):
+            return tensor
+        shape, dtype, name = tuple(tensor.shape), tensor.dtype, _name(func)
+        if "zeros" in name or "empty" in name:
+            return torch.zeros(shape, dtype=dtype)
+        if "ones" in name:
+            return torch.ones(shape, dtype=dtype)
+        if "full" in name:
+            return torch.full(shape, next(a for a in args if isinstance(a, (int, float, bool))), dtype=dtype)
+        self.state.made_up += 1
+        if dtype == torch.bool:
+            return torch.full(shape, self.truth and name not in {"isnan", "isinf", "ne"}, dtype=dtype)
+        if name in {"topk", "sort", "argsort"} and shape:
+            source = args[0].shape
+            axis = args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)
+            n, k = source[axis] or 1, shape[axis]
+            rows = torch.arange(tensor.numel() // max(k, 1)).reshape([*shape[:axis], *shape[axis:][1:]] if axis != -1 else shape[:-1])
+            return ((rows.unsqueeze(axis) * k + torch.arange(k).reshape([k] + [1] * (len(shape) - 1 - axis % len(shape)))) % n).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+    def _record(self, func: Any, args: tuple, kwargs: dict, output: Any, written: Tensor | None) -> Any:
+        values = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not any(_is_float(value) for value in values):
+            return output
+        node_args, node_kwargs = tree_map_only(Tensor, self._node, (args, kwargs))
+        node = self.state.graph.call_function(func, tuple(node_args), dict(node_kwargs))
+        self._described(node, output)
+        if written is not None:
+            self.state.nodes[id(written)] = node
+            self.state.keep.append(written)
+            if not isinstance(written, FakeTensor):
+                self.state.storages[self._storage(written)] = node
+            return output
+        if isinstance(output, Tensor):
+            self._bind(output, node)
+            return output
+        for index, value in enumerate(output):
+            if isinstance(value, Tensor) and _is_float(value):
+                part = self.state.graph.call_function(operator.getitem, (node, index))
+                self._bind(value, self._described(part, value))
+        return output
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.split("::")[-1].rstrip("_") if hasattr(func, "_schema") else str(func)
+
+
+def _written(func: Any, args: tuple) -> Tensor | None:
+    """The tensor that an in-place operator writes."""
+    if not hasattr(func, "_schema") or not func._schema.is_mutable:
+        return None
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+            return value
+    return None
+
+
+# where in the user's file
+
+
+def _source(module: str) -> Source:
+    frame: FrameType | None = sys._getframe(1)
+    fallback: tuple[str, int] | None = None
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file == __file__ and frame.f_code.co_name == "_run":
+            break
+        if not file.startswith((_TORCH, _HERE)) and not file.startswith("<"):
+            return _line(file, frame.f_lineno, module)
+        if fallback is None and file.startswith(_TORCH) and "/nn/" in file and frame.f_code.co_name != "_call_impl":
+            fallback = (file, frame.f_lineno)
+        frame = frame.f_back
+    return _line(*(fallback or ("<model>", 0)), module)
+
+
+def _line(file: str, line: int, module: str) -> Source:
+    return Source(file=file, line=line, code=linecache.getline(file, line).strip(), module=module)
+
+
+@contextmanager
+def _module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keeps the dotted path of the module whose forward runs on top of `stack`."""
+    paths = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(paths.get(id(module), ""))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+
+    handles = (
+        torch_module.register_module_forward_pre_hook(enter),
+        torch_module.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.clear()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Runs in eval mode with torch's fused attention path off, and puts back training flags, RNG and settings."""
+    training = [(module, module.training) for module in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    noisy = logging.getLogger("torch._subclasses.fake_tensor")  # it logs what a failing operator then raises
+    with ExitStack() as stack:
+        stack.callback(noisy.setLevel, noisy.level)
+        noisy.setLevel(logging.CRITICAL)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A second, optional run: what it raises only means that there is nothing to add."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001, S110
+        pass

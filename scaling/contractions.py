@@ -1,0 +1,194 @@
+"""Products of two activations over a growing axis (q·k): where the factor 1/dim they need is, and which weight can carry the rest.
+
+Trained q and k are aligned, so q·k = Θ(dim) and needs 1/dim, not 1/√dim (TP5 definition 4.1). What the model itself does not apply is
+folded into the init and learning rate of the nearest weight upstream, an exact abc shift: the user's forward stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from scaling.graph import Call, LayerGraph, Size
+from scaling.growth import Growth
+from scaling.operators import SPLITS
+from scaling.records import Contraction
+from scaling.uses import Dot, is_linear
+
+__all__ = ["Fold", "Selection", "folded"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of a weight's output that a path goes through: a range of it, or one index of a factor."""
+
+    start: Size | None = None
+    stop: Size | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A weight (or the selected part of it) whose output is meant to be `target` times its usual size."""
+
+    weight: Call
+    selection: Selection | None
+    target: sympy.Expr
+    contraction: Contraction
+
+
+def folded(graph: LayerGraph, growth: Growth, dots: list[Dot]) -> tuple[list[Contraction], list[Fold]]:
+    """The contractions over growing axes, and what each asks of a weight upstream."""
+    contractions, folds = [], []
+    for dot in dots:
+        if not growth.grows(dot.dim):
+            continue
+        length = growth.of(dot.dim)
+        power = _power(_scalars(graph, dot), growth.axes.size(dot.dim))
+        rest = length ** (-1 - power)
+        found = _upstream(graph, dot.left, None) or _upstream(graph, dot.right, None) if rest != 1 else []
+        contraction = Contraction(
+            operator=dot.call.name,
+            source=dot.call.source,
+            dim=length,
+            present=length**power,
+            folded=tuple(dict.fromkeys(weight.names[0] for weight, _ in found or [])),
+        )
+        contractions.append(contraction)
+        folds += [Fold(weight, selection, rest, contraction) for weight, selection in found or []]
+    return contractions, folds
+
+
+def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> list[tuple[Call, Selection | None]] | None:
+    """The weights whose scale is the scale of `node`; None if something on the way does not keep scales."""
+    call = graph.calls[node]
+    weights = [n for n in call.tensors if n is not None and n in graph.weight_only]
+    data = [n for n in dict.fromkeys(call.tensors) if n is not None and n in graph.data]
+    if node.op != "call_function":
+        return None
+    own = [(_leaf(graph, weight), selection) for weight in weights]
+    if weights and call.name not in {"aten.add", "aten.sub"}:
+        return own
+    if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):
+        return None
+    taken = _taken(call)
+    out = own
+    for source in data:
+        found = _upstream(graph, source, taken or selection)
+        if found is None:
+            return None
+        out += found
+    return list(dict.fromkeys(out)) or None
+
+
+def _leaf(graph: LayerGraph, node: fx.Node) -> Call:
+    while not graph.calls[node].names:
+        node = next(n for n in node.all_input_nodes if n in graph.weight_only)
+    return graph.calls[node]
+
+
+def _taken(call: Call) -> Selection | None:
+    """What part of its input a call hands on, where it is a part."""
+    if call.name == "getitem":
+        source, index = call.node.args[0], call.node.args[1]
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        name = getattr(getattr(source.target, "overloadpacket", None), "_qualified_op_name", "").replace("::", ".")
+        if name == "aten.unbind":
+            return Selection(index=index)
+        if name in SPLITS:
+            axis = _split_axis(call)
+            start = tuple(sum(int(part.shape[axis]) for part in node.args[0].meta["val"][:index]) for node in call.nodes)  # pyright: ignore
+            return Selection(start, tuple(a + b for a, b in zip(start, call.shape[axis], strict=True)))
+    if call.name == "aten.select":
+        return Selection(index=call.get("index"))
+    if call.name in {"aten.slice", "aten.narrow"}:
+        axis = (call.get("dim") or 0) % len(call.shape)
+        start = tuple(max(s or 0, 0) for s in call.over_widths("start"))
+        return Selection(start, tuple(a + b for a, b in zip(start, call.shape[axis], strict=True)))
+    return None
+
+
+def _split_axis(call: Call) -> int:
+    """The axis along which the parts of a split lie."""
+    source = call.node.args[0]
+    assert isinstance(source, fx.Node)
+    whole = source.all_input_nodes[0].meta["val"].shape
+    return next((i for i, (a, (b, *_)) in enumerate(zip(whole, call.shape, strict=True)) if a != b), 0)
+
+
+# the factor that is there already
+
+
+def _scalars(graph: LayerGraph, dot: Dot) -> tuple[float, ...]:
+    """The product of the numbers that multiply the contraction, at each width."""
+    total = [1.0] * len(graph.recordings)
+    if dot.call.name == "aten.scaled_dot_product_attention":
+        sizes = dot.call.values and [node.all_input_nodes[0].meta["val"].shape[-1] for node in dot.call.nodes]
+        for i, (scale, size) in enumerate(zip(dot.call.over_widths("scale"), sizes, strict=True)):
+            total[i] *= float(scale) if scale is not None else size**-0.5
+    for call in (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call)):
+        for i, number in enumerate(_number(graph, call)):
+            total[i] *= number
+    return tuple(total)
+
+
+def _up(graph: LayerGraph, node: fx.Node) -> Iterator[Call]:
+    while node.op == "call_function":
+        call = graph.calls[node]
+        data = [n for n in call.tensors if n is not None and n in graph.data]
+        if not data or not is_linear(call) or any(n in graph.weight_only for n in call.tensors if n is not None):
+            return
+        yield call
+        node = data[0]
+
+
+def _down(graph: LayerGraph, call: Call) -> Iterator[Call]:
+    while len(call.node.users) == 1:
+        call = graph.calls[next(iter(call.node.users))] if next(iter(call.node.users)) in graph.calls else call
+        if not call.node.all_input_nodes or not is_linear(call) or sum(n in graph.data for n in call.node.all_input_nodes) != 1:
+            return
+        yield call
+        if not call.node.users:
+            return
+
+
+def _number(graph: LayerGraph, call: Call) -> tuple[float, ...]:
+    """The number a mul or div applies, at each width; 1 for any other call."""
+    if call.name not in {"aten.mul", "aten.div"}:
+        return (1.0,) * len(graph.recordings)
+    values = [_as_float(value) for name in ("self", "other") for value in call.arguments[name]]
+    count = len(graph.recordings)
+    numbers = values[:count] if values[0] is not None else values[count:]
+    if any(number is None or number == 0 for number in numbers):
+        return (1.0,) * count
+    return tuple(1 / n if call.name == "aten.div" else n for n in numbers if n is not None)
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, fx.Node) and value.op == "get_attr" and value.meta.get("constant"):
+        tensor = value.meta["val"]
+        if tensor.numel() == 1 and type(tensor) is torch.Tensor and not tensor.is_meta:
+            return float(tensor)
+    return None
+
+
+def _power(numbers: tuple[float, ...], sizes: Size) -> sympy.Rational:
+    """The power of the contracted length that the numbers follow; from one width only ±1/2, ±1 times exactly 1 are recognised."""
+    if len(set(sizes)) > 1:
+        i, j = sizes.index(min(sizes)), sizes.index(max(sizes))
+        power = math.log(numbers[j] / numbers[i]) / math.log(sizes[j] / sizes[i]) if min(numbers) > 0 else 0.0
+        nearest = sympy.Rational(round(4 * power), 4)
+        return nearest if abs(float(nearest) - power) < 1e-3 else sympy.Rational(0)
+    for candidate in (sympy.Rational(-1, 2), sympy.Rational(-1)):
+        if math.isclose(numbers[0], sizes[0] ** float(candidate), rel_tol=1e-6):
+            return candidate
+    return sympy.Rational(0)

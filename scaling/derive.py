@@ -1,0 +1,123 @@
+"""`derive`: the pipeline, from a model to its scaling table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from scaling.capture import Recording, record, unwrap
+from scaling.contractions import folded
+from scaling.errors import CaptureFailed, GraphsDiffer, ScalingError
+from scaling.graph import LayerGraph, align
+from scaling.growth import Override, growth_of
+from scaling.huggingface import at_twice_the_width
+from scaling.inputs import made_up
+from scaling.records import Coverage, ScalingTable
+from scaling.rules import rules_of
+from scaling.uses import joined_axes, uses_of
+
+__all__ = ["derive"]
+
+
+def derive(
+    model: nn.Module | Callable[[int], nn.Module],
+    args: Any = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    widths: Sequence[int] | None = None,
+    also: nn.Module | None = None,
+    fixed: Override | None = None,
+    grows: Override | None = None,
+    heads: str = "grow",
+) -> ScalingTable:
+    """Derives the scaling table of a model from how its graph uses every weight.
+
+    Which axes grow with the width d is exact from a factory with `widths` or from `also`, the same model at another width; a Hugging Face
+    model's own config is scaled to find out; from one model alone it is guessed, and the table's footer says so.
+
+    Args:
+        model: any nn.Module (on the CPU or the meta device), unmodified; or with `widths` a function of the width that builds one.
+        args: its positional inputs as for `torch.export`: a tuple, or a lone tensor; with a factory also a function of the width.
+            Left out, they are made up from what the model's first layers consume.
+        kwargs: its keyword inputs.
+        widths: at least two widths at which to build the factory; the first is the table's `size`.
+        also: the same model at another width.
+        fixed: `{weight pattern: axis}`: the axis, and all the graph joins to it, does not grow.
+        grows: `{weight pattern: axis}`: it grows.
+        heads: "grow" or "fixed": which of heads × head_dim grows, where only one model is given.
+
+    Returns:
+        The table: one rule per trainable weight, exact in d.
+
+    Raises:
+        CannotMakeInputs: if no inputs were given and none could be made up.
+        CaptureFailed: if the model's forward raises on the inputs.
+        GraphsDiffer: if the models of several widths do not run the same operators.
+        UnsupportedOperator: if an operator without a rule consumes a weight.
+        ConflictingUses: if the uses of a tied weight cannot be reconciled.
+        TooManyGrowingAxes: if a weight has more than two growing axes.
+        NoSuchAxis: if `fixed` or `grows` matches nothing.
+    """
+    models = _models(model, widths, also)
+    graph, notes = _graph(models, args, kwargs, widths)
+    axes, without_rule = joined_axes(graph)
+    uses, dots = uses_of(graph, axes)
+    growth = growth_of(graph, axes, widths=widths, heads=heads, fixed=fixed, grows=grows)
+    contractions, folds = folded(graph, growth, dots)
+    rules = rules_of(graph.weights, uses, growth, folds)
+    names = [name for name, weight in models[0].named_parameters() if weight.requires_grad]
+    reached = {name: rule for rule in rules for name in rule.names}
+    return ScalingTable(
+        size=growth.size,
+        rules=tuple(dict.fromkeys(reached[name] for name in names if name in reached)),
+        classes=growth.classes,
+        contractions=tuple(contractions),
+        coverage=Coverage(
+            trainable=len(names),
+            reached=sum(name in reached for name in names),
+            unreached=tuple(name for name in names if name not in reached),
+            operators_without_rule=without_rule,
+            made_up=graph.recordings[0].made_up,
+        ),
+        model=type(models[0]).__name__,
+        notes=notes,
+    )
+
+
+def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int] | None, also: nn.Module | None) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        if widths is not None:
+            message = "widths= needs a function that builds the model: derive(lambda d: GPT(width=d), args, widths=(64, 128))"
+            raise ScalingError(message)
+        return [unwrap(model)] if also is None else [unwrap(model), unwrap(also)]
+    if widths is None or len(set(widths)) < 2 or also is not None:
+        message = "a function that builds the model needs at least two widths: derive(build, args, widths=(64, 96, 128))"
+        raise ScalingError(message)
+    with torch.random.fork_rng(devices=[]):
+        return [unwrap(model(width)) for width in widths]
+
+
+def _graph(models: list[nn.Module], args: Any, kwargs: dict[str, Any] | None, widths: Sequence[int] | None) -> tuple[LayerGraph, tuple[str, ...]]:
+    if len(models) > 1:
+        labels = [f"d={width}" for width in widths] if widths is not None else ["the model", "the other width"]
+        return align([_recorded(m, args, kwargs, w) for m, w in zip(models, widths or (None, None), strict=True)], labels), ()
+    own = _recorded(models[0], args, kwargs, None)
+    twin = at_twice_the_width(models[0])
+    if twin is not None:
+        try:
+            return align([own, _recorded(twin, args, kwargs, None)], ["the model", "its config at twice the width"]), ()
+        except (CaptureFailed, GraphsDiffer) as error:
+            note = f"the model's config at twice the width did not tell what grows, so it is guessed: {error}"
+            return align([own], ["the model"]), (note,)
+    return align([own], ["the model"]), ()
+
+
+def _recorded(model: nn.Module, args: Any, kwargs: dict[str, Any] | None, width: int | None) -> Recording:
+    if args is None and not kwargs:
+        return made_up(model)[1]
+    if callable(args) and not isinstance(args, torch.Tensor):
+        args = args(width)
+    return record(model, args if isinstance(args, (tuple, list)) else () if args is None else (args,), kwargs or {})

@@ -1,0 +1,178 @@
+"""fx graph -> networkx.DiGraph of operators, weights and inputs; several widths of one model become one graph with several shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, fx
+
+from scaling.capture import Recording
+from scaling.errors import GraphsDiffer
+from scaling.records import Source
+
+__all__ = ["Call", "LayerGraph", "Size", "align"]
+
+Size = tuple[int, ...]
+"""The length of one axis, at each width the model was recorded at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One node, seen at every width: an operator, a weight, an input or a constant."""
+
+    nodes: tuple[fx.Node, ...]
+    values: tuple[Any, ...]
+
+    @property
+    def node(self) -> fx.Node:
+        """The node at the first width."""
+        return self.nodes[0]
+
+    @property
+    def name(self) -> str:
+        """"aten.linear", "getitem", or the target of an input or weight."""
+        return operator_name(self.node)
+
+    @property
+    def source(self) -> Source:
+        """The user's line."""
+        return self.node.meta["source"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of a weight; () for anything else."""
+        return self.node.meta.get("names", ())
+
+    @cached_property
+    def shape(self) -> tuple[Size, ...]:
+        """The shape of the value, an axis as its length at each width; () for a value that is not one tensor."""
+        if not isinstance(self.values[0], Tensor):
+            return ()
+        return tuple(zip(*(tuple(int(n) for n in value.shape) for value in self.values), strict=True))
+
+    @cached_property
+    def arguments(self) -> dict[str, tuple[Any, ...]]:
+        """Argument name -> its value at each width, defaults filled in."""
+        schema = getattr(self.node.target, "_schema", None)
+        if schema is None:
+            return {str(i): tuple(node.args[i] for node in self.nodes) for i in range(len(self.node.args))}
+        out = {}
+        for position, argument in enumerate(schema.arguments):
+            out[argument.name] = tuple(
+                node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else argument.default_value)
+                for node in self.nodes
+            )
+        return out
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument at the first width."""
+        return self.arguments.get(name, (default,))[0]
+
+    def over_widths(self, name: str) -> tuple[Any, ...]:
+        """An argument at every width."""
+        return self.arguments[name]
+
+    @cached_property
+    def tensors(self) -> tuple[fx.Node | None, ...]:
+        """The tensor arguments in the schema's order, None where an optional one is absent."""
+        schema = getattr(self.node.target, "_schema", None)
+        if schema is None:
+            return tuple(argument for argument in self.node.args if isinstance(argument, fx.Node))
+        out: list[fx.Node | None] = []
+        for argument in schema.arguments:
+            value = self.get(argument.name)
+            if "Tensor[]" in str(argument.type) or (isinstance(value, (list, tuple)) and any(isinstance(x, fx.Node) for x in value)):
+                out += [x for x in value if isinstance(x, fx.Node) or x is None]
+            elif "Tensor" in str(argument.type):
+                out.append(value if isinstance(value, fx.Node) else None)
+        return tuple(out)
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator's name without overload: "aten.linear"."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is not None:
+        namespace, name = packet._qualified_op_name.split("::")
+        return f"{namespace}.{name.rstrip('_') if not name.startswith('_') else name}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """The layer graph. `digraph` has the fx nodes of the first width; `calls` has each of them at every width, in execution order."""
+
+    digraph: nx.DiGraph
+    calls: dict[fx.Node, Call]
+    outputs: tuple[fx.Node, ...]
+    recordings: tuple[Recording, ...]
+
+    @cached_property
+    def weights(self) -> tuple[Call, ...]:
+        """The weights that some operator consumes."""
+        return tuple(call for call in self.calls.values() if call.names)
+
+    @cached_property
+    def data(self) -> frozenset[fx.Node]:
+        """Nodes whose value follows from an input, or from a weight that has been used."""
+        return frozenset(node for node, kind in self._kinds.items() if kind == "data")
+
+    @cached_property
+    def weight_only(self) -> frozenset[fx.Node]:
+        """Weights, and what unary operators make of one weight alone: a view, a cast, -exp(A_log)."""
+        return frozenset(node for node, kind in self._kinds.items() if kind == "weight")
+
+    @cached_property
+    def _kinds(self) -> dict[fx.Node, str]:
+        kinds: dict[fx.Node, str] = {}
+        for node, call in self.calls.items():
+            if node.op == "placeholder":
+                kinds[node] = "data"
+            elif node.op == "get_attr":
+                kinds[node] = "weight" if call.names else "constant"
+            else:
+                inputs = [kinds[n] for n in node.all_input_nodes]
+                weights = inputs.count("weight")
+                if "data" in inputs or weights > 1 or call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights:
+                    kinds[node] = "data"
+                else:
+                    kinds[node] = "weight" if weights else "constant"
+        return kinds
+
+
+def align(recordings: Sequence[Recording], labels: Sequence[str]) -> LayerGraph:
+    """One graph from recordings of one model at several widths, node by node.
+
+    Raises:
+        GraphsDiffer: at the first node where they do not run the same operator on the same values.
+    """
+    lists = [[node for node in recording.graph.nodes if node.op != "output"] for recording in recordings]
+    order = [{node: i for i, node in enumerate(nodes)} for nodes in lists]
+    for k, nodes in enumerate(lists[1:], 1):
+        for i in range(max(len(nodes), len(lists[0]))):
+            ours, theirs = lists[0][i] if i < len(lists[0]) else None, nodes[i] if i < len(nodes) else None
+            if ours is None or theirs is None or _shape_of(ours, order[0]) != _shape_of(theirs, order[k]):
+                raise GraphsDiffer((labels[0], labels[k]), _said(ours), _said(theirs))
+    calls = {}
+    digraph = nx.DiGraph()
+    for same in zip(*lists, strict=True):
+        call = Call(nodes=same, values=tuple(node.meta["val"] for node in same))
+        calls[same[0]] = call
+        digraph.add_node(same[0], operator=call.name, weight=call.names)
+        digraph.add_edges_from((source, same[0]) for source in same[0].all_input_nodes)
+    output = next(node for node in recordings[0].graph.nodes if node.op == "output")
+    return LayerGraph(digraph=digraph, calls=calls, outputs=tuple(output.all_input_nodes), recordings=tuple(recordings))
+
+
+def _shape_of(node: fx.Node, order: dict[fx.Node, int]) -> tuple:
+    names = node.meta.get("names")
+    target = names if names else ("constant" if node.op == "get_attr" else str(node.target))
+    rank = len(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else None
+    return node.op, target, rank, tuple(order[n] for n in node.all_input_nodes)
+
+
+def _said(node: fx.Node | None) -> str:
+    return "nothing more" if node is None else f"{operator_name(node)} at {node.meta['source']}"

@@ -1,0 +1,256 @@
+"""Which dimensions grow with the width d, and how: every class of axes as an exact expression in d.
+
+From several widths this is a fact, read off the sizes. From one model it is a question of intent, answered by anchors and said to be a
+guess: what an input, a lookup or a kernel fixes stays; the class that most matrices use grows, and so does all that is not far smaller.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import sympy
+
+from scaling.axes import Atom, Axes, Dim
+from scaling.errors import NoSuchAxis, UnknownName
+from scaling.graph import LayerGraph, Size
+from scaling.limits import WIDTH
+from scaling.records import AxisClass
+
+__all__ = ["Growth", "Override", "growth_of"]
+
+Override = Mapping[str, "int | Sequence[int]"]
+FAR_SMALLER = 16
+"""A class this many times smaller than the hub is taken as fixed (ranks, state sizes; ../shared/TRACING.md section 5b)."""
+
+ANCHORS = {"looked_up": "looked up by an index", "kernel": "taps of a kernel", "input": "an axis of an input", "indexed": "taken apart by index",
+           "repeated": "a number of repeats"}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """`of(dim)` is the length of an axis in d; `size` is d at the first width."""
+
+    axes: Axes
+    size: int
+    leaves: dict[Atom, sympy.Expr]
+    classes: tuple[AxisClass, ...]
+
+    def of(self, dim: Dim) -> sympy.Expr:
+        """The length of an axis, exact in d."""
+        return sympy.Mul(*(self._atom(atom) for atom in self.axes.resolve(dim)))
+
+    def _atom(self, atom: Atom) -> sympy.Expr:
+        if atom.segments:
+            return sympy.Add(*(self.of(segment.dim) for segment in atom.segments))
+        return self.leaves.get(atom, sympy.Integer(atom.size[0]))
+
+    def grows(self, dim: Dim) -> bool:
+        """Whether the length depends on d."""
+        return self.of(dim).has(WIDTH)
+
+
+def growth_of(
+    graph: LayerGraph,
+    axes: Axes,
+    *,
+    widths: Sequence[int] | None,
+    heads: str,
+    fixed: Override | None = None,
+    grows: Override | None = None,
+) -> Growth:
+    """Decides every class of the weights' axes.
+
+    Args:
+        graph: the layer graph, at one or several widths.
+        axes: its axes, marked with what the uses tell.
+        widths: the factory's widths; None to read d off the class that most matrices use.
+        heads: "grow" or "fixed", where one model splits a growing axis into heads × head_dim.
+        fixed: `{weight pattern: axis or axes}` taken as fixed whatever the rest says.
+        grows: the same, taken as growing.
+
+    Raises:
+        NoSuchAxis: if an override matches no axis.
+        UnknownName: for any other `heads`.
+    """
+    if heads not in {"grow", "fixed"}:
+        raise UnknownName("heads", heads, ("grow", "fixed"))
+    weights = {call.names[0]: (call.names, axes.dims[call.node]) for call in graph.weights}
+    forced = _overrides(axes, weights, fixed, "fixed") | _overrides(axes, weights, grows, "grows")
+    hub = _hub(axes, weights)
+    if axes.widths > 1:
+        measured = tuple(widths) if widths is not None else axes.size(hub)
+        decided = {atom: _known(atom, measured) for _, dims in weights.values() for dim in dims for atom in axes.leaves(dim)}
+    else:
+        measured = axes.size(hub)
+        decided = _guess(axes, weights, hub, heads, forced)
+    size = measured[0]
+    leaves, reasons = {}, {}
+    for atom, (expression, reason) in decided.items():
+        choice = forced.get(atom)
+        if choice is not None and expression.has(WIDTH) != (choice[0] == "grows"):
+            expression = _proportional(atom.size[0], size) if choice[0] == "grows" else sympy.Integer(atom.size[0])
+            reason = choice[1]
+        leaves[atom], reasons[atom] = expression, (reason, axes.widths > 1 or choice is not None)
+    return Growth(axes=axes, size=size, leaves=leaves, classes=_classes(axes, weights, leaves, reasons))
+
+
+def _overrides(axes: Axes, weights: dict, override: Override | None, option: str) -> dict[Atom, tuple[str, str]]:
+    out: dict[Atom, tuple[str, str]] = {}
+    for pattern, which in (override or {}).items():
+        matched = [dims for names, dims in weights.values() if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+        if not matched:
+            close = ", ".join(list(weights)[:8])
+            raise NoSuchAxis(option, pattern, f"matches no weight; there are {close}, …")
+        for axis in (which,) if isinstance(which, int) else which:
+            found = [dims[axis] for dims in matched if -len(dims) <= axis < len(dims)]
+            if not found:
+                raise NoSuchAxis(option, pattern, f"has no axis {axis}: the weights it matches have {max(len(d) for d in matched)} axes")
+            for dim in found:
+                leaves = list(axes.leaves(dim))
+                chosen = leaves if option == "fixed" else [atom for atom in leaves if "dot" not in atom.facts][:1] or leaves[:1]
+                out |= {atom: (option, f"{option}={{{pattern!r}: {axis}}}") for atom in chosen}
+    return out
+
+
+def _hub(axes: Axes, weights: dict) -> Dim:
+    """The axis that most matrices use: of equals the smallest, so that other axes are whole multiples of d."""
+    count: Counter[tuple[Atom, ...]] = Counter()
+    anchored: set[tuple[Atom, ...]] = set()
+    for _, dims in weights.values():
+        present = [axes.resolve(dim) for dim in dims if axes.resolve(dim)]
+        if len(present) < 2:
+            continue
+        for dim in present:
+            pieces = [axes.resolve(s.dim) for s in dim[0].segments] if len(dim) == 1 and dim[0].segments else [dim]
+            for piece in set(pieces):
+                count[piece] += 1
+                facts = set.union(*(atom.facts for atom in axes.leaves(piece))) if piece else set()
+                if facts & {"looked_up", "kernel"}:
+                    anchored.add(piece)
+    free = {dim: n for dim, n in count.items() if dim not in anchored}
+    inner = {dim: n for dim, n in free.items() if not _ends(axes, dim)} or free
+    candidates = free if free and max(free.values()) > max(inner.values(), default=0) else inner
+    if not candidates:
+        largest = max((dim for _, dims in weights.values() for dim in dims), key=lambda dim: axes.size(dim), default=())
+        return axes.resolve(largest)
+    return min(candidates, key=lambda dim: (-candidates[dim], axes.size(dim)))
+
+
+def _ends(axes: Axes, dim: Dim) -> bool:
+    """Whether an axis is one of an input or only leaves the model."""
+    facts = set.union(*(atom.facts for atom in axes.leaves(dim))) if dim else set()
+    return "input" in facts or ("output" in facts and "summed" not in facts)
+
+
+def _known(atom: Atom, widths: Size) -> tuple[sympy.Expr, str]:
+    """The exact law through the sizes at all widths: constant, proportional, a power, or affine."""
+    sizes = atom.size
+    if len(set(sizes)) == 1:
+        return sympy.Integer(sizes[0]), "the same at every width"
+    if len({Fraction(s, w) for s, w in zip(sizes, widths, strict=True)}) == 1:
+        return _proportional(sizes[0], widths[0]), "proportional to d at every width"
+    for power in (2, Fraction(1, 2), 3):
+        if len({Fraction(s**2) / Fraction(w) ** int(2 * power) for s, w in zip(sizes, widths, strict=True)}) == 1:
+            return sympy.Rational(sizes[0]) / widths[0] ** sympy.Rational(power) * WIDTH ** sympy.Rational(power), f"grows as d^({power})"
+    slope = sympy.Rational(sizes[-1] - sizes[0], widths[-1] - widths[0]) if widths[-1] != widths[0] else sympy.Integer(0)
+    offset = sizes[0] - slope * widths[0]
+    if slope != 0 and all(slope * w + offset == s for s, w in zip(sizes, widths, strict=True)) and len(sizes) > 2:
+        return slope * WIDTH + offset, "affine in d at every width"
+    return _proportional(sizes[0], widths[0]), f"grows with d, rounded: {', '.join(map(str, sizes))}"
+
+
+def _proportional(size: int, width: int) -> sympy.Expr:
+    return sympy.Rational(size, width) * WIDTH
+
+
+def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, tuple[str, str]]) -> dict[Atom, tuple[sympy.Expr, str]]:
+    size = axes.size(hub)[0]
+    decided: dict[Atom, tuple[bool, str]] = {}
+    for atom, (option, reason) in forced.items():
+        decided[atom] = option == "grows", reason
+    hub_leaves = set(axes.leaves(hub))
+    axes_of_weights = [piece for _, dims in weights.values() for dim in dims for piece in _pieces(axes, dim)]
+    singles = [dim for dim in axes_of_weights if len(dim) == 1]
+    products = sorted((dim for dim in axes_of_weights if len(dim) > 1), key=lambda dim: not _has(axes, dim, "dot"))
+    for dim in singles:
+        for atom in axes.leaves(dim):
+            if atom not in decided:
+                decided[atom] = _single(atom, atom in hub_leaves and len(hub) == 1, size)
+    for dim in products:
+        _choose_factor(axes, dim, decided, hub_leaves, size, heads)
+    return {
+        atom: (_proportional(atom.size[0], size) if grows else sympy.Integer(atom.size[0]), reason) for atom, (grows, reason) in decided.items()
+    }
+
+
+def _pieces(axes: Axes, dim: Dim) -> list[Dim]:
+    """An axis, or the axes it is a sum of."""
+    resolved = axes.resolve(dim)
+    if len(resolved) == 1 and resolved[0].segments:
+        return [piece for segment in resolved[0].segments for piece in _pieces(axes, segment.dim)]
+    return [resolved] if resolved else []
+
+
+def _has(axes: Axes, dim: Dim, fact: str) -> bool:
+    return any(fact in atom.facts for atom in axes.leaves(dim))
+
+
+def _single(atom: Atom, is_hub: bool, hub: int) -> tuple[bool, str]:
+    if is_hub:
+        return True, "the axis that most matrices use"
+    for fact, reason in ANCHORS.items():
+        if fact in atom.facts:
+            return False, reason
+    if "output" in atom.facts and "summed" not in atom.facts:
+        return False, "it only leaves the model"
+    if atom.size[0] * FAR_SMALLER <= hub:
+        return False, f"at least {FAR_SMALLER} times smaller than d"
+    return True, "not far smaller than d"
+
+
+def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], hub: set[Atom], size: int, heads: str) -> None:
+    """One factor of a growing product grows: the heads, or with heads="fixed" the head dimension."""
+    factors = [list(axes.leaves((atom,))) for atom in dim]
+    is_hub = any(atom in hub for leaves in factors for atom in leaves)
+    total = axes.size(dim)[0]
+    growing = is_hub or total * FAR_SMALLER > size
+    if any(decided[atom][0] for leaves in factors for atom in leaves if atom in decided):
+        growing = False
+    dotted = [leaves for leaves in factors if any("dot" in atom.facts for atom in leaves)]
+    open_ = [leaves for leaves in factors if not all(atom in decided for atom in leaves) and (is_hub or not _anchored(leaves))]
+    wanted = sorted(open_, key=lambda leaves: ((leaves in dotted) != (heads == "fixed"), _has_fact(leaves, "groups"), _has_fact(leaves, "repeated")))
+    chosen = wanted[0] if growing and wanted else []
+    for leaves in factors:
+        for atom in leaves:
+            if atom not in decided:
+                if leaves is chosen:
+                    why = "head_dim of heads × head_dim, heads fixed" if leaves in dotted else "the outermost factor of a growing product"
+                    decided[atom] = True, why
+                else:
+                    anchor = next((reason for fact, reason in ANCHORS.items() if fact in atom.facts), None)
+                    decided[atom] = False, anchor or ("head_dim of heads × head_dim" if leaves in dotted else "a factor of a product that grows by another")
+
+
+def _anchored(leaves: list[Atom]) -> bool:
+    return any(fact in atom.facts for fact in ANCHORS if fact != "repeated" for atom in leaves)
+
+
+def _has_fact(leaves: list[Atom], fact: str) -> bool:
+    return any(fact in atom.facts for atom in leaves)
+
+
+def _classes(axes: Axes, weights: dict, leaves: dict[Atom, sympy.Expr], reasons: dict[Atom, tuple[str, bool]]) -> tuple[AxisClass, ...]:
+    where: dict[Atom, dict[tuple[str, int], None]] = {}
+    for name, (_, dims) in weights.items():
+        for axis, dim in enumerate(dims):
+            for atom in axes.leaves(dim):
+                where.setdefault(atom, {})[name, axis] = None
+    out = [
+        AxisClass(size=atom.size[0], dims=leaves[atom], where=tuple(places), grows=leaves[atom].has(WIDTH), reason=reasons[atom][0], known=reasons[atom][1])
+        for atom, places in where.items()
+    ]
+    return tuple(sorted(out, key=lambda c: (not c.grows, -len(c.where))))

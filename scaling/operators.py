@@ -1,0 +1,735 @@
+"""OPERATORS: one rule per operator, mostly a signature like einsum's.
+
+    "aten.linear": "... i, o i, +o -> ... o"
+
+The tensor arguments in the schema's order, an axis per letter: a letter in the inputs but not in the output is summed over; the same
+letter is the same dimension. `(g o)` is an axis that is a product, `v!` an axis that is looked up, `+` before an operand says that it is
+added, not multiplied, and `_` is an axis joined to nothing. From this one line follow both which axes are the same and, for a weight,
+which of its axes are summed (fan_in), survive (fan_out) or are shared with the data (copies).
+
+Operators that only move values (view, cat, slice) have a function that says where the axes go.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from scaling.axes import Axes, Dim, product
+from scaling.errors import ScalingError
+from scaling.graph import Call, Size
+
+__all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "known", "register", "rule_of"]
+
+
+@dataclass(frozen=True)
+class Label:
+    """A letter of a signature."""
+
+    name: str
+    looked_up: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a comma: per axis the letters it is a product of."""
+
+    axes: tuple[tuple[Label, ...], ...]
+    added: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A parsed signature. `sizes` gives the lengths that products need."""
+
+    inputs: tuple[Operand, ...]
+    output: Operand
+
+
+Built = tuple[str, dict[str, Size]]
+Signed = str | Callable[[Call], Built]
+Moves = Callable[[Call, Axes], None]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A rule: either a signature (text, or a function of the call that writes one) or a function that moves axes.
+
+    `linear` is whether scaling the data operands scales the output (what a multiplier can be folded through). `thinned` is by how much
+    fewer terms are summed than the signature says (a transposed convolution with a stride).
+    """
+
+    signature: Signed | None = None
+    moves: Moves | None = None
+    linear: bool = False
+    thinned: Callable[[Call], int] | None = None
+
+
+@cache
+def parse(text: str) -> Signature:
+    """A signature from its text.
+
+    Raises:
+        ScalingError: if it is not one.
+    """
+    if text.count("->") != 1:
+        message = f"a signature has one '->', as in '... i, o i -> ... o': {text!r}"
+        raise ScalingError(message)
+    left, right = text.split("->")
+    return Signature(tuple(_operand(part) for part in left.split(",")), _operand(right))
+
+
+def _operand(text: str) -> Operand:
+    text = text.strip()
+    added = text.startswith("+")
+    axes = []
+    for token in re.findall(r"\([^)]*\)|\S+", text.removeprefix("+")):
+        names = token.strip("()").split()
+        if not all(re.fullmatch(r"\.\.\.|[A-Za-z_]\w*!?", name) for name in names):
+            message = f"not an axis in a signature: {token!r} in {text!r}"
+            raise ScalingError(message)
+        axes.append(tuple(Label(name.rstrip("!"), name.endswith("!")) for name in names))
+    return Operand(tuple(axes), added)
+
+
+ELLIPSIS = (Label("..."),)
+
+
+def _spread(operand: Operand, rank: int) -> tuple[tuple[Label, ...], ...] | None:
+    """The axes with `...` written out as letters counted from the right; None if the rank does not fit."""
+    if ELLIPSIS not in operand.axes:
+        return operand.axes if len(operand.axes) == rank else None
+    at = operand.axes.index(ELLIPSIS)
+    count = rank - len(operand.axes) + 1
+    if count < 0:
+        return None
+    batch = tuple((Label(f"*{count - i}"),) for i in range(count))
+    return operand.axes[:at] + batch + operand.axes[at + 1 :]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A tensor argument at one call: for each of its axes the letters and the dimensions they stand for."""
+
+    node: fx.Node
+    axes: tuple[tuple[tuple[Label, Dim], ...], ...]
+    added: bool
+
+
+def bind(call: Call, axes: Axes) -> tuple[list[Binding], Signature] | None:
+    """Reads a call by its operator's signature; None for an operator that has none, or whose signature does not fit."""
+    operator = rule_of(call)
+    if operator is None or operator.signature is None:
+        return None
+    text, sizes = (operator.signature, {}) if isinstance(operator.signature, str) else operator.signature(call)
+    signature = parse(text)
+    bindings = []
+    for operand, node in zip(signature.inputs, call.tensors, strict=False):
+        if node is None:
+            continue
+        dims = axes.dims.get(node, ())
+        spread = _spread(operand, len(dims))
+        if spread is None:
+            return None
+        bindings.append(Binding(node, tuple(_split(axes, labels, dim, sizes) for labels, dim in zip(spread, dims, strict=True)), operand.added))
+    return bindings, signature
+
+
+def _split(axes: Axes, labels: tuple[Label, ...], dim: Dim, sizes: dict[str, Size]) -> tuple[tuple[Label, Dim], ...]:
+    if len(labels) == 1:
+        return ((labels[0], dim),)
+    whole = axes.size(dim)
+    given = [sizes.get(label.name) for label in labels]
+    rest = product((size for size in given if size is not None), axes.widths)
+    lengths = [size or tuple(a // b for a, b in zip(whole, rest, strict=True)) for size in given]
+    parts = axes.regroup([dim], lengths) or tuple(axes.fresh(size) for size in lengths)
+    return tuple(zip(labels, parts, strict=True))
+
+
+def apply(call: Call, axes: Axes) -> bool:
+    """Joins and defines the axes of a call; False if no rule fits, and then the outputs' axes are joined to nothing."""
+    operator = rule_of(call)
+    if operator is not None and operator.moves is not None:
+        operator.moves(call, axes)
+    elif not _apply_signature(call, axes):
+        fresh(call, axes)
+        return False
+    return True
+
+
+def _apply_signature(call: Call, axes: Axes) -> bool:
+    bound = bind(call, axes)
+    if bound is None:
+        return False
+    bindings, signature = bound
+    letters: dict[str, Dim] = {}
+    for binding in bindings:
+        for axis in binding.axes:
+            for label, dim in axis:
+                if label.name == "g" and any(axes.resolve(other) for _, other in axis if other is not dim):
+                    axes.mark(dim, "groups")
+                if label.name == "_":
+                    continue
+                if axes.resolve(letters.get(label.name, ())) and axes.resolve(dim):
+                    axes.join(letters[label.name], dim)
+                else:
+                    letters[label.name] = dim or letters.get(label.name, ())
+    out = _spread(signature.output, len(call.shape))
+    if out is None:
+        return False
+    dims = []
+    for labels, size in zip(out, call.shape, strict=True):
+        if all(label.name in letters for label in labels):
+            dim = tuple(atom for label in labels for atom in letters[label.name])
+            dims.append(dim if axes.size(dim) == size else axes.fresh(size))
+        else:
+            dims.append(axes.fresh(size))
+    axes.dims[call.node] = tuple(dims)
+    return True
+
+
+def fresh(call: Call, axes: Axes, *facts: str) -> None:
+    """Gives the value of a call axes of its own."""
+    axes.dims[call.node] = tuple(axes.fresh(size, *facts) for size in call.shape)
+
+
+# signatures that a call writes
+
+
+def elementwise(call: Call) -> Built:
+    """Aligned from the right; an axis of length 1 that is stretched is joined to nothing. Only mul and div multiply."""
+    mark = "" if call.name in MULTIPLIES else "+"
+    rank = len(call.shape)
+    operands = []
+    for node in call.tensors:
+        shape = _shape(node, call)
+        letters = [f"a{rank - len(shape) + i}" for i in range(len(shape))]
+        stretched = [size != call.shape[rank - len(shape) + i] for i, size in enumerate(shape)]
+        operands.append(mark + " ".join("_" if wide else letter for letter, wide in zip(letters, stretched, strict=True)))
+    return f"{', '.join(operands)} -> {' '.join(f'a{i}' for i in range(rank))}", {}
+
+
+def _shape(node: fx.Node | None, call: Call) -> tuple[Size, ...]:
+    if node is None:
+        return ()
+    every = zip(*(_values(n) for n in _same(node, call)), strict=True)
+    return tuple(every)
+
+
+def _values(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta["val"]
+    return tuple(int(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _same(node: fx.Node, call: Call) -> Sequence[fx.Node]:
+    """A tensor argument at every width."""
+    at = call.node.all_input_nodes.index(node)
+    return [other.all_input_nodes[at] for other in call.nodes]
+
+
+def matmul(call: Call) -> Built:
+    """1-d operands are vectors, leading axes a batch."""
+    a, b = (len(_shape(node, call)) for node in call.tensors[:2])
+    left = "k" if a == 1 else "... m k"
+    right = "k" if b == 1 else "... k n"
+    out = " ".join(("..." if max(a, b) > 2 else "", "m" if a > 1 else "", "n" if b > 1 else ""))
+    return f"{left}, {right} -> {out}", {}
+
+
+def addmm(call: Call) -> Built:
+    """A bias of one or two axes plus a product."""
+    return f"+{'m n' if len(_shape(call.tensors[0], call)) == 2 else 'n'}, m k, k n -> m n", {}
+
+
+def einsum(call: Call) -> Built:
+    """The equation itself."""
+    equation = call.get("equation").replace(" ", "")
+    if "->" not in equation:
+        letters = re.sub(r"[^A-Za-z]", "", equation)
+        equation += "->" + "..." * ("..." in equation) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    spaced = re.sub(r"(\.\.\.|[A-Za-z])", r"\1 ", equation).replace("->", " -> ").replace(",", ", ")
+    return spaced, {}
+
+
+def convolution(call: Call) -> Built:
+    """Channels in `groups` maps; the kernel's taps are summed, the grid is joined to nothing."""
+    rank = len(_shape(call.tensors[1], call)) - 2
+    batch = "b " if len(call.shape) == rank + 2 else ""
+    grid, taps = " ".join(["_"] * rank), " ".join(f"k{i}" for i in range(rank))
+    groups = tuple(call.over_widths("groups"))
+    if call.name.startswith("aten.conv_transpose"):
+        return f"{batch}(g i) {grid}, (g i) o {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups}
+    return f"{batch}(g i) {grid}, (g o) i {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups}
+
+
+def strides(call: Call) -> int:
+    """A stride s in each of n directions leaves 1 of sⁿ taps at every output (THEORY 2.2, row 28)."""
+    stride, rank = call.get("stride"), len(_shape(call.tensors[1], call)) - 2
+    return math.prod(stride if len(stride) == rank else list(stride) * rank)
+
+
+def attention(call: Call) -> Built:
+    """q·k summed over e, weights·v over the keys; with enable_gqa one key head serves r query heads."""
+    q, k, v = (_shape(node, call) for node in call.tensors[:3])
+    if len(q) >= 3 and q[-3] != k[-3]:
+        repeats = tuple(a // b for a, b in zip(q[-3], k[-3], strict=True))
+        return "... (h r) l e, ... h s e, ... h s f, +_ -> ... (h r) l f".replace("+_", _mask(call)), {"r": repeats}
+    return f"... l e, ... s e, ... s f, {_mask(call)} -> ... l f", {}
+
+
+def _mask(call: Call) -> str:
+    mask = call.tensors[3] if len(call.tensors) > 3 else None
+    return "+" + " ".join(["_"] * len(_shape(mask, call)))
+
+
+def layer_norm(call: Call) -> Built:
+    """Gain and bias over the normalized axes."""
+    count = len(call.get("normalized_shape"))
+    letters = " ".join(f"c{i}" for i in range(count))
+    return f"... {letters}, {letters}, +{letters} -> ... {letters}", {}
+
+
+def channels(call: Call) -> Built:
+    """Axis 1 is channels: batch, group and instance norm, with gain, bias and statistics."""
+    rest = " ".join(f"x{i}" for i in range(len(call.shape) - 2))
+    return f"b c {rest}, c, +c, +c, +c -> b c {rest}", {}
+
+
+def prelu(call: Call) -> Built:
+    """One slope, or one per channel."""
+    rest = " ".join(f"x{i}" for i in range(len(call.shape) - 2))
+    return f"b c {rest}, {'c' if _shape(call.tensors[1], call) != ((1,) * len(call.nodes),) else '_'} -> b c {rest}", {}
+
+
+def bilinear(call: Call) -> Built:
+    """nn.Bilinear."""
+    return "... i, ... j, o i j, +o -> ... o", {}
+
+
+# functions that move axes
+
+
+def _input(call: Call, axes: Axes, index: int = 0) -> tuple[Dim, ...]:
+    node = call.tensors[index]
+    return axes.dims.get(node, ()) if node is not None else ()
+
+
+def _axis(call: Call, name: str, rank: int) -> int:
+    axis = call.get(name)
+    return axis % rank if rank else 0
+
+
+def view(call: Call, axes: Axes) -> None:
+    """view, reshape, flatten, unflatten: a row-major regrouping."""
+    axes.dims[call.node] = axes.regroup(_input(call, axes), call.shape) or tuple(axes.fresh(size) for size in call.shape)
+
+
+def permute(call: Call, axes: Axes) -> None:
+    """permute(x, dims)."""
+    dims = _input(call, axes)
+    axes.dims[call.node] = tuple(dims[i] for i in call.get("dims"))
+
+
+def transpose(call: Call, axes: Axes) -> None:
+    """transpose, t, mT, adjoint, numpy_T."""
+    dims = list(_input(call, axes))
+    if call.name in {"aten.numpy_T", "aten.matrix_H"} or (call.name == "aten.t" and len(dims) < 3):
+        dims.reverse()
+    else:
+        names = ("dim0", "dim1") if "dim0" in call.arguments else ("axis0", "axis1")
+        i, j = (call.get(name) for name in names) if names[0] in call.arguments else (-2, -1)
+        dims[i], dims[j] = dims[j], dims[i]
+    axes.dims[call.node] = tuple(dims)
+
+
+def movedim(call: Call, axes: Axes) -> None:
+    """movedim(x, source, destination)."""
+    dims = _input(call, axes)
+    source, destination = ([v] if isinstance(v, int) else list(v) for v in (call.get("source"), call.get("destination")))
+    order: list[int | None] = [None] * len(dims)
+    for s, t in zip(source, destination, strict=True):
+        order[t % len(dims)] = s % len(dims)
+    rest = iter(i for i in range(len(dims)) if i not in {s % len(dims) for s in source})
+    axes.dims[call.node] = tuple(dims[next(rest) if i is None else i] for i in order)
+
+
+def same(call: Call, axes: Axes) -> None:
+    """The shape, and every axis, of the first input: flip, roll, cumsum."""
+    dims = _input(call, axes)
+    axes.dims[call.node] = tuple(
+        dim if axes.size(dim) == size else axes.fresh(size) for dim, size in zip(dims, call.shape, strict=False)
+    ) if len(dims) == len(call.shape) else tuple(axes.fresh(size) for size in call.shape)
+
+
+def unsqueeze(call: Call, axes: Axes) -> None:
+    """An axis of length 1 more."""
+    dims = list(_input(call, axes))
+    dims.insert(call.get("dim") % (len(dims) + 1), ())
+    axes.dims[call.node] = tuple(dims)
+
+
+def squeeze(call: Call, axes: Axes) -> None:
+    """Axes of length 1 fewer."""
+    dims = _input(call, axes)
+    which = call.get("dim", None)
+    drop = set(range(len(dims))) if which is None else {which % len(dims)} if isinstance(which, int) else {i % len(dims) for i in which}
+    axes.dims[call.node] = tuple(dim for i, dim in enumerate(dims) if i not in drop or axes.size(dim) != axes.one)
+
+
+def expand(call: Call, axes: Axes) -> None:
+    """Axes of length 1, and new leading ones, become copies."""
+    dims = _input(call, axes)
+    lead = len(call.shape) - len(dims)
+    out = [axes.fresh(size, "repeated") for size in call.shape[:lead]]
+    out += [dim if axes.size(dim) == size else axes.fresh(size, "repeated") for dim, size in zip(dims, call.shape[lead:], strict=True)]
+    axes.dims[call.node] = tuple(out)
+
+
+def repeat(call: Call, axes: Axes) -> None:
+    """repeat(x, repeats) and tile: each axis becomes copies × itself."""
+    dims = _input(call, axes)
+    lead = len(call.shape) - len(dims)
+    out = []
+    for size, dim in zip(call.shape, ((),) * lead + dims, strict=True):
+        own = axes.size(dim)
+        out.append(axes.fresh(tuple(a // b for a, b in zip(size, own, strict=True)), "repeated") + dim)
+    axes.dims[call.node] = tuple(out)
+
+
+def repeat_interleave(call: Call, axes: Axes) -> None:
+    """Each index `repeats` times: itself × copies."""
+    dims, which = list(_input(call, axes)), call.get("dim")
+    if which is None or not isinstance(call.get("repeats"), int):
+        return fresh(call, axes)
+    dims[which] = dims[which] + axes.fresh(tuple(call.over_widths("repeats")), "repeated")
+    axes.dims[call.node] = tuple(dims)
+    return None
+
+
+def cat(call: Call, axes: Axes) -> None:
+    """The sum of one axis, the others the same."""
+    present = [node for node in call.tensors if node is not None and len(axes.dims.get(node, ())) == len(call.shape)]
+    which = call.get("dim") % max(len(call.shape), 1)
+    parts = [axes.dims[node] for node in present]
+    out = []
+    for i, size in enumerate(call.shape):
+        column = [dims[i] for dims in parts]
+        if i == which:
+            whole = axes.concatenate(column)
+            out.append(whole if axes.size(whole) == size else axes.fresh(size))
+            continue
+        for dim in column[1:]:
+            axes.join(column[0], dim)
+        out.append(column[0])
+    axes.dims[call.node] = tuple(out)
+
+
+def stack(call: Call, axes: Axes) -> None:
+    """A new axis that is indexed, the others the same."""
+    parts = [axes.dims.get(node, ()) for node in call.tensors if node is not None]
+    for dims in parts[1:]:
+        for a, b in zip(parts[0], dims, strict=True):
+            axes.join(a, b)
+    out = list(parts[0])
+    which = call.get("dim") % len(call.shape)
+    out.insert(which, axes.fresh(call.shape[which], "indexed"))
+    axes.dims[call.node] = tuple(out)
+
+
+def select(call: Call, axes: Axes) -> None:
+    """One index of an axis: the axis is gone."""
+    dims = list(_input(call, axes))
+    axes.mark(dims.pop(call.get("dim")), "indexed")
+    axes.dims[call.node] = tuple(dims)
+
+
+def take_slice(call: Call, axes: Axes) -> None:
+    """x[start:end:step] of one axis: a segment of it."""
+    dims = list(_input(call, axes))
+    which = (call.get("dim") or 0) % len(dims)
+    size = axes.size(dims[which])
+    if call.name == "aten.narrow":
+        start = tuple(call.over_widths("start"))
+        stop = tuple(a + b for a, b in zip(start, call.over_widths("length"), strict=True))
+    else:
+        start = tuple(_clamp(s or 0, n) for s, n in zip(call.over_widths("start"), size, strict=True))
+        stop = tuple(_clamp(n if e is None else e, n) for e, n in zip(call.over_widths("end"), size, strict=True))
+    if any(step != 1 for step in call.arguments.get("step", (1,))):
+        dims[which] = _strided(axes, dims[which], call.over_widths("step"), call.shape[which])
+    else:
+        dims[which] = axes.segment(dims[which], start, stop)
+    axes.dims[call.node] = tuple(dims)
+
+
+def _strided(axes: Axes, dim: Dim, step: Size, length: Size) -> Dim:
+    """x[::step]: the outer factor of (length × step), where that divides."""
+    if tuple(a * b for a, b in zip(step, length, strict=True)) != axes.size(dim):
+        return axes.fresh(length, *(fact for atom in axes.leaves(dim) for fact in atom.facts))
+    parts = axes.regroup([dim], [length, step])
+    return parts[0] if parts else axes.fresh(length)
+
+
+def _clamp(index: int, size: int) -> int:
+    return max(0, min(index + size if index < 0 else index, size))
+
+
+def split(call: Call, axes: Axes) -> None:
+    """split, chunk, split_with_sizes, tensor_split: the getitem nodes take the segments."""
+    axes.dims[call.node] = _input(call, axes)
+
+
+def getitem(call: Call, axes: Axes) -> None:
+    """One output of an operator with several."""
+    source = call.node.args[0]
+    assert isinstance(source, fx.Node)
+    index = call.node.args[1]
+    dims = axes.dims.get(source, ())
+    name = _name(source)
+    assert isinstance(index, int)
+    if name in SPLITS and dims:
+        which = (_argument(source, "dim", 1) or 0) % len(dims)
+        before = [sum(int(v.shape[which]) for v in node.args[0].meta["val"][:index]) for node in call.nodes]  # pyright: ignore
+        stop = tuple(b + s for b, s in zip(before, call.shape[which], strict=True))
+        out = list(dims)
+        out[which] = axes.segment(dims[which], tuple(before), stop)
+        axes.dims[call.node] = tuple(out)
+    elif name == "aten.unbind" and dims:
+        which = (_argument(source, "dim", 1) or 0) % len(dims)
+        axes.mark(dims[which], "indexed")
+        axes.dims[call.node] = dims[:which] + dims[which + 1 :]
+    elif len(dims) == len(call.shape) and all(axes.size(d) == s for d, s in zip(dims, call.shape, strict=True)) and index == 0:
+        axes.dims[call.node] = dims
+    else:
+        fresh(call, axes)
+
+
+def _name(node: fx.Node) -> str:
+    from scaling.graph import operator_name
+
+    return operator_name(node)
+
+
+def _argument(node: fx.Node, name: str, position: int) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for i, argument in enumerate(node.target._schema.arguments):  # pyright: ignore[reportFunctionMemberAccess]
+        if argument.name == name:
+            return node.args[i] if i < len(node.args) else argument.default_value
+    return node.args[position]
+
+
+def reduce(call: Call, axes: Axes) -> None:
+    """sum, mean, amax, norm over axes that are gone, or of length 1."""
+    dims = _input(call, axes)
+    which = call.get("dim", None)
+    gone = set(range(len(dims))) if which is None or which == [] else {which % len(dims)} if isinstance(which, int) else {i % len(dims) for i in which}
+    if call.get("keepdim", False):
+        axes.dims[call.node] = tuple(() if i in gone else dim for i, dim in enumerate(dims))
+    else:
+        axes.dims[call.node] = tuple(dim for i, dim in enumerate(dims) if i not in gone)
+    if len(axes.dims[call.node]) != len(call.shape):
+        fresh(call, axes)
+
+
+def grid(call: Call, axes: Axes) -> None:
+    """Pooling, interpolation, padding: axes whose length changes are new, an axis that keeps its length is the same."""
+    dims = _input(call, axes)
+    facts = {fact for dim in dims for atom in axes.leaves(dim) for fact in atom.facts if fact == "input"}
+    lead = len(call.shape) - len(dims)
+    axes.dims[call.node] = tuple(
+        dim if axes.size(dim) == size else axes.fresh(size, *facts) for size, dim in zip(call.shape[lead:], dims, strict=True)
+    ) if lead == 0 else tuple(axes.fresh(size) for size in call.shape)
+
+
+def index(call: Call, axes: Axes) -> None:
+    """x[ids]: indexed axes are looked up, the others pass."""
+    dims = _input(call, axes)
+    ids = call.get("indices")
+    ids = list(ids) + [None] * (len(dims) - len(ids))
+    looked = [i for i, x in enumerate(ids) if x is not None]
+    ranks = [len(_values(x)) if isinstance(x, fx.Node) else x.dim() for x in ids if x is not None]
+    boolean = any((_dtype(x) in {torch.bool, torch.uint8}) for x in ids if x is not None)
+    rank = max(ranks, default=0)
+    kept = [dim for i, dim in enumerate(dims) if i not in looked]
+    if boolean or len(kept) + rank != len(call.shape):
+        return fresh(call, axes)
+    for i in looked:
+        axes.mark(dims[i], "looked_up")
+    together = looked == list(range(looked[0], looked[-1] + 1))
+    at = looked[0] if together else 0
+    new = [axes.fresh(size, "input") for size in call.shape[at : at + rank]]
+    axes.dims[call.node] = tuple(kept[:at] + new + kept[at:])
+    return None
+
+
+def _dtype(value: Any) -> torch.dtype:
+    return value.meta["val"].dtype if isinstance(value, fx.Node) else value.dtype
+
+
+def index_select(call: Call, axes: Axes) -> None:
+    """index_select(x, dim, ids): one axis is looked up."""
+    dims = list(_input(call, axes))
+    which = call.get("dim")
+    axes.mark(dims[which], "looked_up")
+    dims[which] = axes.fresh(call.shape[which], "input")
+    axes.dims[call.node] = tuple(dims)
+
+
+def write(call: Call, axes: Axes) -> None:
+    """copy_, index_put_, masked_fill_ with a tensor, slice_scatter: the first input's axes; a source of the same shape is joined."""
+    dims = _input(call, axes)
+    if len(dims) != len(call.shape):
+        return fresh(call, axes)
+    axes.dims[call.node] = dims
+    for node in call.tensors[1:]:
+        other = axes.dims.get(node, ()) if node is not None else ()
+        for a, b in zip(reversed(dims), reversed(other), strict=False):
+            if b and axes.size(a) == axes.size(b):
+                axes.join(a, b)
+    return None
+
+
+def pixel_shuffle(call: Call, axes: Axes) -> None:
+    """(c·r², h, w) -> (c, h·r, w·r)."""
+    dims = _input(call, axes)
+    r = tuple(call.over_widths("upscale_factor"))
+    parts = axes.regroup([dims[-3]], [call.shape[-3], r, r])
+    if parts is None:
+        return fresh(call, axes)
+    axes.dims[call.node] = (*dims[:-3], parts[0], dims[-2] + parts[1], dims[-1] + parts[2])
+    return None
+
+
+def glu(call: Call, axes: Axes) -> None:
+    """The two halves of an axis, multiplied."""
+    dims = list(_input(call, axes))
+    which = call.get("dim") % len(dims)
+    half, whole = call.shape[which], axes.size(dims[which])
+    first, second = axes.segment(dims[which], axes.zero, half), axes.segment(dims[which], half, whole)
+    axes.join(first, second)
+    dims[which] = first
+    axes.dims[call.node] = tuple(dims)
+
+
+MULTIPLIES = {"aten.mul", "aten.div", "aten.multiply", "aten.divide", "aten.true_divide"}
+SPLITS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_chunk", "aten.unsafe_split"}
+
+# the table
+
+
+def _moves(rule: Moves, names: str, *, linear: bool = True) -> dict[str, Operator]:
+    return {f"aten.{name}" if name != "getitem" else name: Operator(moves=rule, linear=linear) for name in names.split()}
+
+
+def _signed(signature: Signed, names: str, *, linear: bool = False, thinned: Callable[[Call], int] | None = None) -> dict[str, Operator]:
+    return {f"aten.{name}": Operator(signature=signature, linear=linear, thinned=thinned) for name in names.split()}
+
+
+_ROWS: list[dict[str, Operator]] = [
+    # contractions
+    _signed("... i, o i, +o -> ... o", "linear"),
+    _signed(matmul, "matmul mm bmm mv dot vdot inner"),
+    _signed(addmm, "addmm"),
+    _signed("+b m n, b m k, b k n -> b m n", "baddbmm"),
+    _signed(einsum, "einsum"),
+    _signed("i, j -> i j", "outer ger"),
+    _signed(bilinear, "bilinear"),
+    _signed(convolution, "conv1d conv2d conv3d"),
+    _signed(convolution, "conv_transpose1d conv_transpose2d conv_transpose3d", thinned=strides),
+    _signed(attention, "scaled_dot_product_attention"),
+    # lookups
+    _signed("v! o, ... -> ... o", "embedding"),
+    # norms: gain and bias
+    _signed(layer_norm, "layer_norm rms_norm"),
+    _signed(channels, "batch_norm instance_norm"),
+    _signed(channels, "group_norm"),
+    _signed(prelu, "prelu"),
+    # elementwise, beside everything that torch tags as pointwise
+    _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
+    _signed(elementwise, "softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish prelu_ logsumexp_"),
+    # values that only move
+    _moves(view, "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as ravel"),
+    _moves(permute, "permute"),
+    _moves(transpose, "transpose t mT numpy_T swapaxes swapdims adjoint matrix_H"),
+    _moves(movedim, "movedim moveaxis"),
+    _moves(unsqueeze, "unsqueeze"),
+    _moves(squeeze, "squeeze"),
+    _moves(expand, "expand expand_as broadcast_to"),
+    _moves(repeat, "repeat tile"),
+    _moves(repeat_interleave, "repeat_interleave"),
+    _moves(cat, "cat concat concatenate"),
+    _moves(stack, "stack"),
+    _moves(select, "select"),
+    _moves(take_slice, "slice narrow"),
+    _moves(split, "split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unbind"),
+    _moves(getitem, "getitem"),
+    _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
+    _moves(pixel_shuffle, "pixel_shuffle"),
+    _moves(index, "index"),
+    _moves(index_select, "index_select"),
+    _moves(write, "copy index_put slice_scatter select_scatter index_copy masked_scatter index_add"),
+    _moves(reduce, "sum mean", linear=True),
+    _moves(reduce, "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean", linear=False),
+    _moves(
+        grid,
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+        "upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d pad constant_pad_nd reflection_pad1d "
+        "reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d",
+        linear=False,
+    ),
+    _moves(glu, "glu", linear=False),
+]
+
+
+def _table(rows: list[dict[str, Operator]]) -> dict[str, Operator]:
+    table: dict[str, Operator] = {}
+    for row in rows:
+        for name, operator in row.items():
+            if name in table:
+                message = f"two rules for {name}"
+                raise ScalingError(message)
+            table[name] = operator
+    return table
+
+
+OPERATORS: dict[str, Operator] = _table(_ROWS)
+"""Operator name without overload -> its rule."""
+
+_POINTWISE = Operator(signature=elementwise)
+
+
+def rule_of(call: Call) -> Operator | None:
+    """The rule of a call: its row of OPERATORS, or elementwise for what torch tags as pointwise."""
+    if call.name in OPERATORS:
+        return OPERATORS[call.name]
+    return _POINTWISE if torch.Tag.pointwise in getattr(call.node.target, "tags", ()) else None
+
+
+def known(call: Call) -> bool:
+    """Whether a call has a rule."""
+    return rule_of(call) is not None
+
+
+def register(name: str, signature: str) -> None:
+    """Adds an operator by its signature, for example `register("mylib.scan", "b t c, c -> b t c")`.
+
+    Args:
+        name: namespace and name without overload: "aten.linear".
+        signature: the tensor arguments in the schema's order, see the module's docstring.
+
+    Raises:
+        ScalingError: if the operator has a rule already, or the text is no signature.
+    """
+    if name in OPERATORS:
+        message = f"{name} has a rule already: {OPERATORS[name]}"
+        raise ScalingError(message)
+    parse(signature)
+    OPERATORS[name] = Operator(signature=signature)

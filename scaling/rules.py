@@ -1,0 +1,264 @@
+"""Uses and growth -> one WeightRule per weight: its blocks with their fans, its ties, and what contractions fold into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product as combinations
+
+import sympy
+
+from scaling import optimizers
+from scaling.axes import Atom, Axes, Dim
+from scaling.contractions import Fold, Selection
+from scaling.errors import ConflictingUses, OurBug, TooManyGrowingAxes
+from scaling.graph import Call, Size
+from scaling.growth import Growth
+from scaling.limits import exponent
+from scaling.operators import rule_of
+from scaling.records import Block, Factor, Use, WeightRule
+from scaling.uses import Span, WeightUse
+
+__all__ = ["rules_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """A part of a weight's axis that is a block of its own: a range of the axis, or one index or range of its factor `at`."""
+
+    at: int | None
+    start: Size
+    stop: Size
+    dim: Dim
+
+
+def rules_of(weights: tuple[Call, ...], uses: list[WeightUse], growth: Growth, folds: list[Fold]) -> list[WeightRule]:
+    """The rules of all trainable weights that are used.
+
+    Raises:
+        ConflictingUses: if uses of a tied weight cannot be reconciled.
+        TooManyGrowingAxes: if more than two axes of a weight grow.
+    """
+    by_weight: dict[Call, list[WeightUse]] = {}
+    for use in uses:
+        by_weight.setdefault(use.weight, []).append(use)
+    undone = {tuple(sorted(id(a) for s in growth.axes.root(cat).segments for a in growth.axes.resolve(s.dim))) for cat in growth.axes.joined_cats}
+    folds_of: dict[Call, list[Fold]] = {}
+    for fold in folds:
+        folds_of.setdefault(fold.weight, []).append(fold)
+    return [
+        _rule(call, by_weight[call], growth, folds_of.get(call, []), undone)
+        for call in weights
+        if call in by_weight and call.node.meta["trainable"]
+    ]
+
+
+def _rule(call: Call, uses: list[WeightUse], growth: Growth, folds: list[Fold], undone: set[tuple[int, ...]]) -> WeightRule:
+    dims = growth.axes.dims[call.node]
+    lengths = tuple(growth.of(dim) for dim in dims)
+    growing = sum(growth.grows(dim) for dim in dims)
+    if growing > 2:
+        raise TooManyGrowingAxes(call.names[0], f"[{', '.join(map(str, lengths))}]", str(uses[0].call.source))
+    blocks, notes, described = [], {}, {}
+    columns = [_cells(growth, axis, dim, uses, undone) for axis, dim in enumerate(dims)]
+    for cells in combinations(*columns):
+        covering = [use for use in uses if _covers(use, cells, dims, growth.axes)]
+        if not covering:
+            message = f"no use covers a block of {call.names[0]}"
+            raise OurBug(message)
+        maps = [_map(use, cells, dims, growth) for use in covering]
+        target = sympy.Integer(1)
+        for fold in folds:
+            if _selected(fold.selection, [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]):
+                target *= fold.target
+                notes[f"carries {fold.target} of the 1/({fold.contraction.dim}) that {fold.contraction.operator} needs at {fold.contraction.source}"] = None
+        block = maps[0].model_copy(update={"target": target})
+        blocks.append(block)
+        for use, multiplier in zip(covering, _multipliers(call, maps, covering), strict=True):
+            m = maps[covering.index(use)]
+            described.setdefault(
+                id(use),
+                Use(operator=use.call.name, source=use.call.source, fan_in=m.fan_in, fan_out=m.fan_out, copies=m.copies,
+                    multiplier=multiplier, target=target, lookup=m.lookup),
+            )  # fmt: skip
+            if multiplier != 1:
+                notes[f"tied: its use at {use.call.source} is multiplied by {multiplier}"] = None
+    return WeightRule(
+        names=call.names,
+        shape=tuple(size[0] for size in call.shape),
+        dims=lengths,
+        uses=tuple(described[id(use)] for use in uses if id(use) in described),
+        blocks=tuple(blocks),
+        notes=tuple(notes),
+    )
+
+
+# blocks
+
+
+def _cells(growth: Growth, axis: int, dim: Dim, uses: list[WeightUse], undone: set[tuple[int, ...]]) -> list[_Cell]:
+    """The blocks of one axis: segments that grow differently, that uses take apart, or that an output is split into for good."""
+    axes = growth.axes
+    whole = [_Cell(None, axes.zero, axes.size(dim), dim)]
+    resolved = axes.resolve(dim)
+    emitted = any(span.part in {"out", "add", "copy"} for use in uses for span in use.spans[axis])
+    for at, atom in enumerate(resolved):
+        outer = at if len(resolved) > 1 else None
+        if atom.segments and (_mixed(growth, atom) or _used_apart(axes, axis, dim, uses) or (emitted and not _undone(axes, atom, undone))):
+            cells = [_Cell(outer, s.start, s.stop, s.dim) for s in atom.segments]
+        elif "indexed" in atom.facts and emitted and len(resolved) > 1 and len(set(atom.size)) == 1:
+            cells = [_Cell(at, (i,) * axes.widths, (i + 1,) * axes.widths, ()) for i in range(atom.size[0])]
+        else:
+            continue
+        if all(any(_within(cell, use.ranges[axis]) for use in uses) for cell in cells):
+            return cells
+    return whole
+
+
+def _within(cell: _Cell, used: tuple[Size, Size]) -> bool:
+    if cell.at is not None:
+        return True
+    return all(a <= b for a, b in zip(used[0], cell.start, strict=True)) and all(b <= a for a, b in zip(used[1], cell.stop, strict=True))
+
+
+def _mixed(growth: Growth, atom: Atom) -> bool:
+    return len({growth.grows(segment.dim) for segment in atom.segments}) > 1
+
+
+def _used_apart(axes: Axes, axis: int, dim: Dim, uses: list[WeightUse]) -> bool:
+    return len({use.ranges[axis] for use in uses}) > 1 and any(use.ranges[axis] != (axes.zero, axes.size(dim)) for use in uses)
+
+
+def _undone(axes: Axes, atom: Atom, undone: set[tuple[int, ...]]) -> bool:
+    """Whether the pieces are concatenated again (rotary embeddings): then they are no maps of their own."""
+    pieces = tuple(sorted(id(a) for segment in atom.segments for a in axes.resolve(segment.dim)))
+    return pieces in undone
+
+
+def _covers(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], axes: Axes) -> bool:
+    """Whether a use takes the block; an axis that is no block of its own is taken whole, however much of it this run looked at."""
+    return all(
+        cell.stop == axes.size(dim) and cell.at is None and cell.start == axes.zero or _within(cell, used)
+        for cell, used, dim in zip(cells, use.ranges, dims, strict=True)
+    )
+
+
+def _selected(selection: Selection | None, cells: list[_Cell]) -> bool:
+    """Whether a path's selection is the block of these cells (of the axes that have several)."""
+    if selection is None or not cells:
+        return True
+    return any(
+        selection.index == cell.start[0] if cell.at is not None and cell.dim == () else (selection.start, selection.stop) == (cell.start, cell.stop)
+        for cell in cells
+    )
+
+
+# fans
+
+
+def _map(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], growth: Growth) -> Block:
+    parts = [_factors(spans, cell, dim, growth) for spans, cell, dim in zip(use.spans, cells, dims, strict=True)]
+    grown = any(part == "add" and factor.extent.free_symbols for factors in parts for factor, part in factors)
+    axes = []
+    for factors in parts:
+        of_axis = [factor for factor, part in factors if part == "add"]
+        looked_up = grown and of_axis and not any(factor.extent.free_symbols for factor in of_axis)
+        axes.append(tuple(_settled(factor, part, looked_up=bool(looked_up)) for factor, part in factors))
+    flat = [factor for axis in axes for factor in axis]
+    fans = {part: sympy.Mul(*(factor.extent for factor in flat if factor.part == part)) for part in ("in", "out", "copy")}
+    operator = rule_of(use.call)
+    thinned = operator.thinned(use.call) if operator is not None and operator.thinned is not None else 1
+    looked_up = any(factor.part == "lookup" and factor.size != 1 for factor in flat)
+    return Block(axes=tuple(axes), fan_in=fans["in"] / thinned, fan_out=fans["out"], copies=fans["copy"], lookup=looked_up)
+
+
+def _settled(factor: Factor, part: str, *, looked_up: bool) -> Factor:
+    """An added table of vectors ([T, d]) is looked up along its finite axes, as an embedding is; any other added axis survives."""
+    if part != "add":
+        return factor
+    return factor.model_copy(update={"part": "lookup" if looked_up else "out"})
+
+
+def _factors(spans: tuple[Span, ...], cell: _Cell, dim: Dim, growth: Growth) -> list[tuple[Factor, str]]:
+    """The factors of an axis with what the block takes of each; adjacent whole ones of equal part are one."""
+    axes = growth.axes
+    resolved = axes.resolve(dim)
+    whole = growth.of(dim)
+    if cell.at is None:
+        parts = {span.part for span in spans} or {"out"}
+        if cell.start == axes.zero and cell.stop == axes.size(dim) and len(parts) > 1:
+            return _merged([(growth.of((atom,)), part, None) for atom, part in zip(resolved, _per_factor(resolved, spans, axes), strict=True)])
+        start, stop = _offset(growth, resolved, cell.start), _offset(growth, resolved, cell.stop)
+        return [_factor(whole, next(iter(parts)), (start, stop))] if whole != 1 or resolved else []
+    rows = []
+    for at, (atom, part) in enumerate(zip(resolved, _per_factor(resolved, spans, axes), strict=True)):
+        taken = None
+        if at == cell.at:
+            taken = (_offset(growth, (atom,), cell.start), _offset(growth, (atom,), cell.stop))
+        rows.append((growth.of((atom,)), part, taken))
+    return _merged(rows)
+
+
+def _factor(size: sympy.Expr, part: str, taken: tuple[sympy.Expr, sympy.Expr] | None) -> tuple[Factor, str]:
+    start, stop = taken or (sympy.Integer(0), size)
+    return Factor.model_construct(size=size, part=part, start=start, stop=stop), part  # pyright: ignore[reportArgumentType] - "add" is settled later
+
+
+def _merged(rows: list[tuple[sympy.Expr, str, tuple[sympy.Expr, sympy.Expr] | None]]) -> list[tuple[Factor, str]]:
+    out: list[tuple[sympy.Expr, str, tuple[sympy.Expr, sympy.Expr] | None]] = []
+    for size, part, taken in rows:
+        if out and taken is None and out[-1][2] is None and out[-1][1] == part:
+            out[-1] = (out[-1][0] * size, part, None)
+        else:
+            out.append((size, part, taken))
+    return [_factor(*row) for row in out]
+
+
+def _per_factor(resolved: Dim, spans: tuple[Span, ...], axes: Axes) -> list[str]:
+    """The part of every factor; the spans are products of factors."""
+    out, left = [], list(spans)
+    rest = axes.one
+    part = spans[0].part if spans else "out"
+    for atom in resolved:
+        if rest == axes.one and left:
+            span = left.pop(0)
+            rest, part = span.size, span.part
+        out.append(part)
+        rest = tuple(a // b if a % b == 0 else 1 for a, b in zip(rest, atom.size, strict=True))
+    return out
+
+
+def _offset(growth: Growth, dim: Dim, at: Size) -> sympy.Expr:
+    """A position on an axis, exact in d: the sum of the segments before it."""
+    axes = growth.axes
+    if at == axes.zero:
+        return sympy.Integer(0)
+    if at == axes.size(dim):
+        return growth.of(dim)
+    if len(dim) == 1 and dim[0].segments:
+        return sympy.Add(*(growth.of(s.dim) for s in dim[0].segments if all(a <= b for a, b in zip(s.stop, at, strict=True))))
+    return sympy.Integer(at[0])
+
+
+# ties
+
+
+def _multipliers(call: Call, maps: list[Block], uses: list[WeightUse]) -> list[sympy.Expr]:
+    """The factor on each use that makes one init and one learning rate right for all of them (THEORY 2.3): 1 on the first.
+
+    Uses u and v agree iff (1+p)(σ_u − σ_v) = η_u − η_v in exponents, for optimizers of every degree p; the factor is then η_u/η_v of
+    degree 0.
+    """
+    first = maps[0]
+    out = [sympy.Integer(1)]
+    for other, use in zip(maps[1:], uses[1:], strict=True):
+        gap = exponent(optimizers.init_std(other)) - exponent(optimizers.init_std(first))
+        for family, degree in optimizers.DEGREES.items():
+            rates = exponent(optimizers.LEARNING_RATES[family](other)) - exponent(optimizers.LEARNING_RATES[family](first))
+            if rates != (1 + degree) * gap:
+                wants = [f"init_std {optimizers.init_std(m)} and {family} lr {optimizers.LEARNING_RATES[family](m)}" for m in (first, other)]
+                places = [str(uses[0].call.source), str(use.call.source)]
+                raise ConflictingUses(call.names[0], wants, places, "no multiplier reconciles them: use two weights, or the same map twice")
+        ratio = optimizers.adam(other) / optimizers.adam(first)
+        out.append(ratio if gap != 0 else sympy.Integer(1))
+    return out
+

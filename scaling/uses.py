@@ -1,0 +1,203 @@
+"""Every use of every weight: which of its axes an operator sums over, which survive, which it shares with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from scaling.axes import Axes, Dim
+from scaling.errors import UnsupportedOperator
+from scaling.graph import Call, LayerGraph, Size
+from scaling.operators import Binding, Label, apply, bind, known, rule_of
+
+__all__ = ["Dot", "Span", "WeightUse", "joined_axes", "uses_of"]
+
+DATA_FIRST = {"aten.linear", "aten.layer_norm", "aten.rms_norm", "aten.batch_norm", "aten.group_norm", "aten.instance_norm", "aten.prelu",
+              "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d", "aten.bilinear"}  # fmt: skip
+"""Operators whose first argument is data: a weight there (learned queries) enters the stream of values."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A factor of a weight's axis and its part: "in", "out", "copy", "lookup", or "add" for what is added to the data."""
+
+    size: Size
+    part: str
+
+
+@dataclass(frozen=True, eq=False)
+class WeightUse:
+    """One weight at one operator. Per axis of the weight: the range [start, stop) that is used, and its factors, outermost first."""
+
+    weight: Call
+    call: Call
+    operand: fx.Node
+    ranges: tuple[tuple[Size, Size], ...]
+    spans: tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dot:
+    """A product of two activations summed over `dim`: q·k."""
+
+    call: Call
+    dim: Dim
+    left: fx.Node
+    right: fx.Node
+
+
+def joined_axes(graph: LayerGraph) -> tuple[Axes, tuple[str, ...]]:
+    """The axes of every value, joined through every operator; and the operators on data that have no rule."""
+    axes = Axes(len(graph.recordings))
+    without: dict[str, None] = {}
+    for node, call in graph.calls.items():
+        if node.op == "placeholder":
+            axes.dims[node] = tuple(axes.fresh(size, "input") for size in call.shape)
+        elif node.op == "get_attr":
+            axes.dims[node] = tuple(axes.fresh(size) for size in call.shape)
+        elif not apply(call, axes):
+            without[call.name] = None
+    for node in graph.outputs:
+        for dim in axes.dims.get(node, ()):
+            axes.mark(dim, "output")
+    return axes, tuple(without)
+
+
+def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
+    """All uses of weights and all products of two activations; marks on `axes` what the uses tell of a dimension.
+
+    Raises:
+        UnsupportedOperator: where an operator without a rule consumes a weight.
+    """
+    uses, dots = [], []
+    for node, call in graph.calls.items():
+        inputs = [n for n in call.tensors if n is not None]
+        weights = [n for n in dict.fromkeys(inputs) if n in graph.weight_only]
+        if weights and not known(call):
+            raise UnsupportedOperator(call.name, _leaf(graph, weights[0]).names[0], str(call.source))
+        if node.op == "call_function" and node not in graph.weight_only:
+            bound = bind(call, axes)
+            operator = rule_of(call)
+            if weights and bound is None and operator is not None and operator.moves is None:
+                raise UnsupportedOperator(call.name, _leaf(graph, weights[0]).names[0], str(call.source))
+            for weight in weights:
+                uses.append(_use(graph, axes, call, weight))
+                _mark(axes, call, weight, bound)
+            dots += _dots(graph, call, bound)
+    for dot in dots:
+        axes.mark(dot.dim, "dot")
+    return uses, dots
+
+
+def _leaf(graph: LayerGraph, node: fx.Node) -> Call:
+    return graph.calls[_chain(graph, node)[0]]
+
+
+def _chain(graph: LayerGraph, node: fx.Node) -> list[fx.Node]:
+    """From the weight to the operand, through operators on it alone."""
+    chain = [node]
+    while not graph.calls[chain[0]].names:
+        chain.insert(0, next(n for n in chain[0].all_input_nodes if n in graph.weight_only))
+    return chain
+
+
+def _part(label: Label, binding: Binding, others: list[Binding], output: set[str]) -> str:
+    if label.looked_up:
+        return "lookup"
+    if label.name not in output:
+        return "in"
+    if binding.added:
+        return "add"
+    shared = any(label.name == other.name for b in others if not b.added for axis in b.axes for other, _ in axis)
+    return "copy" if shared else "out"
+
+
+def _labelled(call: Call, operand: fx.Node, axes: Axes, bound: tuple | None) -> Iterator[tuple[Dim, str]]:
+    """The operand's dimensions with their parts."""
+    slot = call.tensors.index(operand)
+    if bound is None or (slot == 0 and call.name in DATA_FIRST):
+        yield from ((dim, "add") for dim in axes.dims.get(operand, ()))
+        return
+    bindings, signature = bound
+    output = {label.name for axis in signature.output.axes for label in axis} | {
+        label.name for b in bindings for axis in b.axes for label, _ in axis if label.name.startswith("*")
+    }
+    binding = next(b for b in bindings if b.node is operand)
+    others = [b for b in bindings if b is not binding]
+    for axis in binding.axes:
+        for label, dim in axis:
+            yield dim, _part(label, binding, others, output)
+
+
+def _mark(axes: Axes, call: Call, operand: fx.Node, bound: tuple | None) -> None:
+    elsewhere = {label.name for b in bound[0] if b.node is not operand for axis in b.axes for label, _ in axis} if bound else set()
+    for dim, part in _labelled(call, operand, axes, bound):
+        axes.mark(dim, {"in": "summed", "lookup": "looked_up"}.get(part, "used"))
+    if bound is not None and not (call.tensors.index(operand) == 0 and call.name in DATA_FIRST):
+        binding = next(b for b in bound[0] if b.node is operand)
+        output = {label.name for axis in bound[1].output.axes for label in axis}
+        for axis in binding.axes:
+            for label, dim in axis:
+                if label.name not in elsewhere and label.name not in output and not label.looked_up:
+                    axes.mark(dim, "kernel")
+
+
+def _use(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node) -> WeightUse:
+    """Follows the weight's own axes, as if nothing else existed, through the views to the operator."""
+    chain = _chain(graph, operand)
+    weight = graph.calls[chain[0]]
+    alone = Axes(axes.widths)
+    for node in (chain[0], *(n for c in (*chain[1:], call.node) for n in c.all_input_nodes if n not in chain)):
+        alone.dims[node] = tuple(alone.fresh(size) for size in graph.calls[node].shape)
+    base = alone.dims[chain[0]]
+    for node in chain[1:]:
+        apply(graph.calls[node], alone)
+    parts: dict[int, str] = {}
+    for dim, part in _labelled(call, operand, alone, bind(call, alone)):
+        for atom in alone.leaves(dim):
+            parts[id(atom)] = part
+    ranges, spans = [], []
+    for dim in base:
+        (start, stop), inner = _used_range(alone, dim, parts)
+        ranges.append((start, stop))
+        spans.append(tuple(Span(atom.size, parts.get(id(atom), _dropped(atom))) for atom in inner))
+    return WeightUse(weight=weight, call=call, operand=operand, ranges=tuple(ranges), spans=tuple(spans))
+
+
+def _dropped(atom: object) -> str:
+    """A factor that an index took away: looked up by ids, or one map per index."""
+    return "lookup" if "looked_up" in getattr(atom, "facts", ()) else "copy"
+
+
+def _used_range(axes: Axes, dim: Dim, parts: dict[int, str]) -> tuple[tuple[Size, Size], Dim]:
+    """The slice of an axis that reaches the operator, and its factors."""
+    resolved = axes.resolve(dim)
+    if len(resolved) == 1 and resolved[0].segments:
+        reached = [s for s in resolved[0].segments if any(id(atom) in parts for atom in axes.leaves(s.dim))]
+        if len(reached) == 1:
+            return (reached[0].start, reached[0].stop), axes.resolve(reached[0].dim)
+    return (axes.zero, axes.size(dim)), tuple(resolved)
+
+
+def _dots(graph: LayerGraph, call: Call, bound: tuple | None) -> Iterator[Dot]:
+    if bound is None:
+        return
+    bindings, signature = bound
+    data = [b for b in bindings if not b.added and b.node in graph.data]
+    output = {label.name for axis in signature.output.axes for label in axis}
+    for i, left in enumerate(data):
+        for right in data[i + 1 :]:
+            letters = {label.name: dim for axis in left.axes for label, dim in axis}
+            for axis in right.axes:
+                for label, dim in axis:
+                    is_keys = call.name == "aten.scaled_dot_product_attention" and label.name != "e"
+                    if label.name in letters and label.name not in output and not label.name.startswith(("*", "_")) and not is_keys:
+                        yield Dot(call=call, dim=dim, left=left.node, right=right.node)
+
+
+def is_linear(call: Call) -> bool:
+    """Whether scaling the data operands of a call scales its output."""
+    operator = rule_of(call)
+    return operator is not None and operator.linear
