@@ -188,7 +188,7 @@ class Axes:
             if divides(inner, start) and divides(inner, stop):
                 return self.segment(dim[:1], _over(start, inner), _over(stop, inner)) + dim[1:]
             return self.fresh(_minus(stop, start), *dim[-1].facts)
-        (atom,) = dim
+        atom = next(iter(dim))
         if not (self._cut(atom, start) and self._cut(atom, stop)):
             return self.fresh(_minus(stop, start), *atom.facts)
         pieces = [piece for piece in atom.segments if _at_most(start, piece.start) and _at_most(piece.stop, stop)]

@@ -11,12 +11,12 @@ import linecache
 import logging
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,13 +32,25 @@ __all__ = ["Recording", "record", "unwrap"]
 
 aten = torch.ops.aten
 
-SAME_VALUE = {"alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "alpha_dropout", "lift_fresh", "to", "_to_copy", "type_as"}
+SAME_VALUE = {
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "lift_fresh",
+    "to",
+    "_to_copy",
+    "type_as",
+}
 """Operators that hand their first input on: no node, so that graphs of several widths agree."""
 
 REAL_LIMIT = 2**22
 """Elements up to which a float tensor that a factory makes is kept real (`linspace(...).tolist()` works on it)."""
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(str(torch.__file__)).parent)
 _HERE = str(Path(__file__).parent)
 
 
@@ -47,12 +59,13 @@ class Recording:
     """One run of a model: `graph` has placeholders (inputs), get_attr (weights, buffers, constants) and ATen operators.
 
     On every node: `meta["val"]` (a fake or meta tensor, or a tuple), `meta["source"]`; on a weight's: `meta["names"]`, `meta["trainable"]`.
-    `made_up` counts the ints that would have depended on floats.
+    `made_up` counts the ints that would have depended on floats; `names` has the model's parameters in its own order.
     """
 
     graph: fx.Graph
     made_up: int
     model: str
+    names: tuple[str, ...]
 
 
 @dataclass
@@ -81,11 +94,11 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Rec
         state = _first_that_runs(model, swapped, args, kwargs)
         unused = [node for node in state.graph.nodes if node.meta.get("trainable") and not node.users]
         if unused and state.made_up:
-            with ExitStack() as stack, _quiet():
-                stack.enter_context(torch.inference_mode())
+            with suppress(Exception), torch.inference_mode():  # optional: what it raises means there is nothing to add
                 _run(model, swapped, state, args, kwargs, truth=False)
     state.graph.lint()
-    return Recording(graph=state.graph, made_up=state.made_up, model=type(model).__name__)
+    names = tuple(name for name, _ in model.named_parameters())
+    return Recording(graph=state.graph, made_up=state.made_up, model=type(model).__name__, names=names)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -106,7 +119,7 @@ def _first_that_runs(model: nn.Module, swapped: _Swapped, args: Sequence[Any], k
         try:
             with mode():
                 _run(model, swapped, state, args, kwargs, truth=True)
-        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+        except Exception as error:  # whatever the user's forward raises
             first = first or _failed(model, error, state)
         else:
             return state
@@ -122,7 +135,9 @@ def _failed(model: nn.Module, error: Exception, state: _State) -> Exception:
         trace = trace.tb_next
     users = [place for place in frames if not place[0].startswith((_TORCH, _HERE))] or frames
     file, line = users[-1]
-    failure = CaptureFailed(type(model).__name__, f"{file}:{line}: {linecache.getline(file, line).strip()}", f"{type(error).__name__}: {error}")
+    failure = CaptureFailed(
+        type(model).__name__, f"{file}:{line}: {linecache.getline(file, line).strip()}", f"{type(error).__name__}: {error}"
+    )
     failure.__cause__ = error
     failure.last = state.last  # pyright: ignore[reportAttributeAccessIssue] - what inputs.py learns the first consumers from
     return failure
@@ -156,7 +171,7 @@ class _Swapped:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.replacements: dict[int, Tensor] = {}
         self.attributes: dict[int, tuple[tuple[str, ...], bool, bool]] = {}
-        self._undo: list[tuple[dict, str, Tensor]] = []
+        self._undo: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def __enter__(self) -> _Swapped:
         names: dict[int, list[str]] = {}
@@ -164,7 +179,7 @@ class _Swapped:
             for name, tensor in collect(remove_duplicate=False):
                 names.setdefault(id(tensor), []).append(name)
         for module in self.model.modules():
-            for table in (module._parameters, module._buffers):
+            for table in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers)):
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
@@ -229,9 +244,6 @@ class _Recorder(TorchDispatchMode):
             node = graph.create_node("get_attr", target)
         return self._described(node, value)
 
-    def _known(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, FakeTensor) or id(tensor) in self.state.nodes or self._storage(tensor) in self.state.storages
-
     @staticmethod
     def _storage(tensor: Tensor) -> int:
         try:
@@ -253,15 +265,13 @@ class _Recorder(TorchDispatchMode):
 
     # running
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self._ours, (args, dict(kwargs or {})))
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
-        args, kwargs = tree_map_only(Tensor, self._ours, (args, kwargs))
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if not any(self._known(tensor) and self._tracked(tensor) for tensor in inputs):
-            if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
-                return self._real(func, args, kwargs)
+        if not any(isinstance(tensor, FakeTensor) or self._storage(tensor) in self.state.storages for tensor in inputs):
+            return self._real(func, args, kwargs)
         nodes = tuple(self._node(tensor) for tensor in inputs)
         name = _name(func)
         self.state.last = (str(func), nodes, name)
@@ -281,10 +291,6 @@ class _Recorder(TorchDispatchMode):
             return fake
         return tensor
 
-    def _tracked(self, tensor: Tensor) -> bool:
-        """Whether a value follows from a weight or a float input; ints that the caller passed are known, but ordinary."""
-        return _is_float(tensor) or self._storage(tensor) in self.state.storages
-
     def _real(self, func: Any, args: tuple, kwargs: dict) -> Any:
         size = args[0] if args and isinstance(args[0], (list, tuple)) else kwargs.get("size")
         if size and all(isinstance(n, int) for n in size) and torch.Size(size).numel() > REAL_LIMIT and not func._schema.is_mutable:
@@ -293,7 +299,9 @@ class _Recorder(TorchDispatchMode):
             if isinstance(output, Tensor) and _is_float(output):
                 return output
         output = func(*args, **kwargs)
-        origin = next((self.state.nodes[id(t)] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.state.nodes), None)
+        origin = next(
+            (self.state.nodes[id(t)] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.state.nodes), None
+        )
         if origin is not None and origin.op == "placeholder" and isinstance(output, Tensor) and not _is_float(output):
             self.state.keep.append(output)
         return output
@@ -305,7 +313,7 @@ class _Recorder(TorchDispatchMode):
         try:
             with self.fake:
                 output = func(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - a fake kernel stricter than the real one, or none
+        except Exception:  # a fake kernel stricter than the real one, or none
             output = self._on_ones(func, args, kwargs)
         if not isinstance(output, (Tensor, tuple, list)):
             return output
@@ -451,12 +459,3 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for module, flag in training:
                 module.training = flag
             torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A second, optional run: what it raises only means that there is nothing to add."""
-    try:
-        yield
-    except Exception:  # noqa: BLE001, S110
-        pass

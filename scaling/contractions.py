@@ -151,12 +151,13 @@ def _up(graph: LayerGraph, node: fx.Node) -> Iterator[Call]:
 
 def _down(graph: LayerGraph, call: Call) -> Iterator[Call]:
     while len(call.node.users) == 1:
-        call = graph.calls[next(iter(call.node.users))] if next(iter(call.node.users)) in graph.calls else call
+        user = next(iter(call.node.users))
+        if user not in graph.calls:
+            return
+        call = graph.calls[user]
         if not call.node.all_input_nodes or not is_linear(call) or sum(n in graph.data for n in call.node.all_input_nodes) != 1:
             return
         yield call
-        if not call.node.users:
-            return
 
 
 def _number(graph: LayerGraph, call: Call) -> tuple[float, ...]:
@@ -181,7 +182,7 @@ def _as_float(value: Any) -> float | None:
     return None
 
 
-def _power(numbers: tuple[float, ...], sizes: Size) -> sympy.Rational:
+def _power(numbers: tuple[float, ...], sizes: Size) -> sympy.Expr:
     """The power of the contracted length that the numbers follow; from one width only ±1/2, ±1 times exactly 1 are recognised."""
     if len(set(sizes)) > 1:
         i, j = sizes.index(min(sizes)), sizes.index(max(sizes))

@@ -15,7 +15,7 @@ from scaling.graph import LayerGraph, align
 from scaling.growth import Override, growth_of
 from scaling.huggingface import at_twice_the_width
 from scaling.inputs import made_up
-from scaling.records import Coverage, ScalingTable
+from scaling.records import Coverage, ScalingTable, Trace
 from scaling.rules import rules_of
 from scaling.uses import joined_axes, uses_of
 
@@ -70,7 +70,7 @@ def derive(
     rules = rules_of(graph.weights, uses, growth, folds)
     names = [name for name, weight in models[0].named_parameters() if weight.requires_grad]
     reached = {name: rule for rule in rules for name in rule.names}
-    return ScalingTable(
+    table = ScalingTable(
         size=growth.size,
         rules=tuple(dict.fromkeys(reached[name] for name in names if name in reached)),
         classes=growth.classes,
@@ -85,6 +85,8 @@ def derive(
         model=type(models[0]).__name__,
         notes=notes,
     )
+    table._trace = Trace(graph, growth, tuple(uses))
+    return table
 
 
 def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int] | None, also: nn.Module | None) -> list[nn.Module]:
@@ -100,7 +102,9 @@ def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int]
         return [unwrap(model(width)) for width in widths]
 
 
-def _graph(models: list[nn.Module], args: Any, kwargs: dict[str, Any] | None, widths: Sequence[int] | None) -> tuple[LayerGraph, tuple[str, ...]]:
+def _graph(
+    models: list[nn.Module], args: Any, kwargs: dict[str, Any] | None, widths: Sequence[int] | None
+) -> tuple[LayerGraph, tuple[str, ...]]:
     if len(models) > 1:
         labels = [f"d={width}" for width in widths] if widths is not None else ["the model", "the other width"]
         return align([_recorded(m, args, kwargs, w) for m, w in zip(models, widths or (None, None), strict=True)], labels), ()

@@ -13,6 +13,7 @@ __all__ = [
     "GraphsDiffer",
     "MissingExtra",
     "MixedBlocks",
+    "NoGraph",
     "NoSuchAxis",
     "OurBug",
     "ScalingError",
@@ -125,7 +126,8 @@ class MixedBlocks(ScalingError):
     def __init__(self, weight: str, quantity: str, values: Iterable[str]) -> None:
         self.weight, self.quantity, self.values = weight, quantity, tuple(values)
         super().__init__(
-            f"the blocks of '{weight}' differ in {quantity}: {', '.join(self.values)}\n  ask one of them: table['{weight}'].blocks[0].{quantity}"
+            f"the blocks of '{weight}' differ in {quantity}: {', '.join(self.values)}\n"
+            f"  ask one of them: table['{weight}'].blocks[0].{quantity}"
         )
 
 
@@ -143,7 +145,8 @@ class WrongWidth(ScalingError):
     def __init__(self, weight: str, shape: tuple[int, ...], expected: str) -> None:
         self.weight, self.shape, self.expected = weight, shape, expected
         super().__init__(
-            f"weight '{weight}' has shape {shape}, the table says {expected}\n  derive the table from this model, or build the model it was derived from"
+            f"weight '{weight}' has shape {shape}, the table says {expected}\n"
+            "  derive the table from this model, or build the model it was derived from"
         )
 
 
@@ -161,6 +164,15 @@ class MissingExtra(ScalingError, ImportError):
     def __init__(self, what: str, package: str, extra: str) -> None:
         self.package, self.extra = package, extra
         super().__init__(f"{what} needs {package}, which is not installed\n  pip install 'spectral-mup[{extra}]'")
+
+
+class NoGraph(ScalingError):
+    """A table that was read from a file has rules, but no graph."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"this table of {model or 'a model'} was not derived here, so it has no layer graph\n  derive it from the model: table = derive(model)"
+        )
 
 
 class OurBug(ScalingError):

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 __all__ = ["fold", "template"]
 
-INDEX = re.compile(r"(?:(?<=\.)|(?<![^\s]))\d+(?=\.|$)")
-"""A whole dotted part that is a number: the 3 of h.3.attn, not that of layer3 or conv3d."""
+INDEX = re.compile(r"(?:(?<=\.)|(?<!\S))\d+(?=\.|\)|$)")
+"""A whole dotted part that is a number: the 3 of h.3.attn and of "(in h.3)", not that of layer3 or conv3d."""
 
 
 def template(name: str) -> str:

@@ -20,8 +20,8 @@ __all__ = ["FORMATS", "explain", "from_json", "to_dict", "to_html", "to_json", "
 
 PAGE = 120  # characters across, where no width is given
 GAP = "  "
-NARROWEST = {"why": 20, "weight": 24}
-"""Columns that wrap on a narrow page, in this order, and the characters they keep."""
+BESIDE, BELOW = {"why": 20, "weight": 24}, {"weight": 16}
+"""Columns that wrap on a narrow page, in this order, and the characters they keep, while the why stands beside the rest or below it."""
 
 
 # --- text ---------------------------------------------------------------------------------------------------------------------------
@@ -39,14 +39,16 @@ def to_text(table: ScalingTable, *, full: bool = False, width: int | None = None
     page, width = sheet(table, full=full), width or PAGE
     headings = ("weight", *(re.sub("[ _]", "\n", heading) for heading in page.columns))
     rows = [(_names(line), *map(plain, line.cells)) for line in page.lines]
-    widths = _widths(headings, rows, width)
-    below = _across(widths) > width
-    if below:
-        widths = _widths(headings[:-1], [row[:-1] for row in rows], width)
-    body = [_row(row[: len(widths)], widths) + (_fill(row[-1], width, 4) if below and row[-1] else "") for row in rows]
+    widths = _widths(headings, rows, width, BESIDE)
+    if _across(widths) > width:
+        widths = _widths(headings[:-1], [row[:-1] for row in rows], width, BELOW)
+    head, *body = [
+        "\n".join([_row(row[: len(widths)], widths), *(_fill(cell, width, 4) for cell in row[len(widths) :] if cell)])
+        for row in (headings, *rows)
+    ]
     rule = "─" * _across(widths)
     footer = [line for section in page.sections for line in _section(section, width)]
-    return "\n".join([_row(headings[: len(widths)], widths), rule, *body, rule, *footer])
+    return "\n".join([head, rule, *body, rule, *footer])
 
 
 def _names(line: Line) -> str:
@@ -55,13 +57,12 @@ def _names(line: Line) -> str:
     return "\n".join([head, *(f"  {tie}" for tie in ties)])
 
 
-def _widths(headings: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> list[int]:
+def _widths(headings: tuple[str, ...], rows: list[tuple[str, ...]], width: int, narrowest: dict[str, int]) -> list[int]:
     columns = zip(headings, *rows, strict=True)
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
-    for heading, least in NARROWEST.items():
-        if heading in headings:
-            at = headings.index(heading)
-            widths[at] = min(widths[at], max(least, widths[at] - max(0, _across(widths) - width)))
+    for heading, least in narrowest.items():
+        at = headings.index(heading)
+        widths[at] = min(widths[at], max(least, widths[at] - max(0, _across(widths) - width)))
     return widths
 
 
@@ -89,12 +90,12 @@ def _wrap(line: str, width: int) -> list[str]:
 
 
 def _section(section: Section, width: int) -> list[str]:
-    return [section.title, *(_fill(plain(line), width, 2).removeprefix("\n") for line in section.lines)]
+    return [section.title, *(_fill(plain(line), width, 2) for line in section.lines)]
 
 
 def _fill(text: str, width: int, indent: int) -> str:
     first, rest = " " * indent, " " * (indent + 4)
-    return "\n" + textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """"aten.linear", "getitem", or the target of an input or weight."""
+        """The operator without overload ("aten.linear"), or the target of an input or weight."""
         return operator_name(self.node)
 
     @property
@@ -49,10 +49,9 @@ class Call:
 
     @cached_property
     def shape(self) -> tuple[Size, ...]:
-        """The shape of the value, an axis as its length at each width; () for a value that is not one tensor."""
-        if not isinstance(self.values[0], Tensor):
-            return ()
-        return tuple(zip(*(tuple(int(n) for n in value.shape) for value in self.values), strict=True))
+        """The shape of the value (of its first tensor, where there are several), an axis as its length at each width."""
+        tensors = [value if isinstance(value, Tensor) else next((v for v in value if isinstance(v, Tensor)), None) for value in self.values]
+        return tuple(zip(*(tuple(int(n) for n in tensor.shape) for tensor in tensors if tensor is not None), strict=True))
 
     @cached_property
     def arguments(self) -> dict[str, tuple[Any, ...]]:
@@ -112,8 +111,9 @@ class LayerGraph:
 
     @cached_property
     def weights(self) -> tuple[Call, ...]:
-        """The weights that some operator consumes."""
-        return tuple(call for call in self.calls.values() if call.names)
+        """The weights that some operator consumes, in the model's order."""
+        order = {name: i for i, name in enumerate(self.recordings[0].names)}
+        return tuple(sorted((call for call in self.calls.values() if call.names), key=lambda call: order.get(call.names[0], len(order))))
 
     @cached_property
     def data(self) -> frozenset[fx.Node]:
@@ -136,7 +136,11 @@ class LayerGraph:
             else:
                 inputs = [kinds[n] for n in node.all_input_nodes]
                 weights = inputs.count("weight")
-                if "data" in inputs or weights > 1 or call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights:
+                if (
+                    "data" in inputs
+                    or weights > 1
+                    or (call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights)
+                ):
                     kinds[node] = "data"
                 else:
                     kinds[node] = "weight" if weights else "constant"

@@ -16,7 +16,7 @@ import sympy
 
 from scaling.axes import Atom, Axes, Dim
 from scaling.errors import NoSuchAxis, UnknownName
-from scaling.graph import LayerGraph, Size
+from scaling.graph import LayerGraph
 from scaling.limits import WIDTH
 from scaling.records import AxisClass
 
@@ -26,8 +26,14 @@ Override = Mapping[str, "int | Sequence[int]"]
 FAR_SMALLER = 16
 """A class this many times smaller than the hub is taken as fixed (ranks, state sizes; ../shared/TRACING.md section 5b)."""
 
-ANCHORS = {"looked_up": "looked up by an index", "kernel": "taps of a kernel", "input": "an axis of an input", "indexed": "taken apart by index",
-           "repeated": "a number of repeats"}  # fmt: skip
+ANCHORS = {
+    "looked_up": "looked up by an index",
+    "kernel": "taps of a kernel",
+    "input": "an axis of an input",
+    "indexed": "taken apart by index",
+    "bank": "a number of separate maps",
+    "repeated": "a number of repeats",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +86,7 @@ def growth_of(
         raise UnknownName("heads", heads, ("grow", "fixed"))
     weights = {call.names[0]: (call.names, axes.dims[call.node]) for call in graph.weights}
     forced = _overrides(axes, weights, fixed, "fixed") | _overrides(axes, weights, grows, "grows")
-    hub = _hub(axes, weights)
+    hub = _hub(axes, weights, forced)
     if axes.widths > 1:
         measured = tuple(widths) if widths is not None else axes.size(hub)
         decided = {atom: _known(atom, measured) for _, dims in weights.values() for dim in dims for atom in axes.leaves(dim)}
@@ -112,11 +118,11 @@ def _overrides(axes: Axes, weights: dict, override: Override | None, option: str
             for dim in found:
                 leaves = list(axes.leaves(dim))
                 chosen = leaves if option == "fixed" else [atom for atom in leaves if "dot" not in atom.facts][:1] or leaves[:1]
-                out |= {atom: (option, f"{option}={{{pattern!r}: {axis}}}") for atom in chosen}
+                out |= dict.fromkeys(chosen, (option, f"{option}={{{pattern!r}: {axis}}}"))
     return out
 
 
-def _hub(axes: Axes, weights: dict) -> Dim:
+def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
     """The axis that most matrices use: of equals the smallest, so that other axes are whole multiples of d."""
     count: Counter[tuple[Atom, ...]] = Counter()
     anchored: set[tuple[Atom, ...]] = set()
@@ -128,16 +134,20 @@ def _hub(axes: Axes, weights: dict) -> Dim:
             pieces = [axes.resolve(s.dim) for s in dim[0].segments] if len(dim) == 1 and dim[0].segments else [dim]
             for piece in set(pieces):
                 count[piece] += 1
-                facts = set.union(*(atom.facts for atom in axes.leaves(piece))) if piece else set()
-                if facts & {"looked_up", "kernel"}:
+                leaves = list(axes.leaves(piece))
+                facts = set.union(*(atom.facts for atom in leaves)) if piece else set()
+                if facts & {"looked_up", "kernel", "bank"} or any(forced.get(atom, ("",))[0] == "fixed" for atom in leaves):
                     anchored.add(piece)
     free = {dim: n for dim, n in count.items() if dim not in anchored}
     inner = {dim: n for dim, n in free.items() if not _ends(axes, dim)} or free
     candidates = free if free and max(free.values()) > max(inner.values(), default=0) else inner
+    candidates = {dim: n for dim, n in candidates.items() if _has(axes, dim, "summed")} or candidates
     if not candidates:
         largest = max((dim for _, dims in weights.values() for dim in dims), key=lambda dim: axes.size(dim), default=())
         return axes.resolve(largest)
-    return min(candidates, key=lambda dim: (-candidates[dim], axes.size(dim)))
+    most = [dim for dim, n in candidates.items() if n == max(candidates.values())]
+    largest = max(axes.size(dim) for dim in most)
+    return min((dim for dim in most if axes.size(dim)[0] * FAR_SMALLER > largest[0]), key=axes.size)
 
 
 def _ends(axes: Axes, dim: Dim) -> bool:
@@ -146,9 +156,9 @@ def _ends(axes: Axes, dim: Dim) -> bool:
     return "input" in facts or ("output" in facts and "summed" not in facts)
 
 
-def _known(atom: Atom, widths: Size) -> tuple[sympy.Expr, str]:
+def _known(atom: Atom, widths: Sequence[int]) -> tuple[sympy.Expr, str]:
     """The exact law through the sizes at all widths: constant, proportional, a power, or affine."""
-    sizes = atom.size
+    sizes: Sequence[int] = atom.size
     if len(set(sizes)) == 1:
         return sympy.Integer(sizes[0]), "the same at every width"
     if len({Fraction(s, w) for s, w in zip(sizes, widths, strict=True)}) == 1:
@@ -168,7 +178,7 @@ def _proportional(size: int, width: int) -> sympy.Expr:
 
 
 def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, tuple[str, str]]) -> dict[Atom, tuple[sympy.Expr, str]]:
-    size = axes.size(hub)[0]
+    size, *_ = axes.size(hub)
     decided: dict[Atom, tuple[bool, str]] = {}
     for atom, (option, reason) in forced.items():
         decided[atom] = option == "grows", reason
@@ -183,7 +193,8 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
     for dim in products:
         _choose_factor(axes, dim, decided, hub_leaves, size, heads)
     return {
-        atom: (_proportional(atom.size[0], size) if grows else sympy.Integer(atom.size[0]), reason) for atom, (grows, reason) in decided.items()
+        atom: (_proportional(atom.size[0], size) if grows else sympy.Integer(atom.size[0]), reason)
+        for atom, (grows, reason) in decided.items()
     }
 
 
@@ -216,13 +227,15 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
     """One factor of a growing product grows: the heads, or with heads="fixed" the head dimension."""
     factors = [list(axes.leaves((atom,))) for atom in dim]
     is_hub = any(atom in hub for leaves in factors for atom in leaves)
-    total = axes.size(dim)[0]
+    total, *_ = axes.size(dim)
     growing = is_hub or total * FAR_SMALLER > size
     if any(decided[atom][0] for leaves in factors for atom in leaves if atom in decided):
         growing = False
     dotted = [leaves for leaves in factors if any("dot" in atom.facts for atom in leaves)]
     open_ = [leaves for leaves in factors if not all(atom in decided for atom in leaves) and (is_hub or not _anchored(leaves))]
-    wanted = sorted(open_, key=lambda leaves: ((leaves in dotted) != (heads == "fixed"), _has_fact(leaves, "groups"), _has_fact(leaves, "repeated")))
+    wanted = sorted(
+        open_, key=lambda leaves: ((leaves in dotted) != (heads == "fixed"), _has_fact(leaves, "groups"), _has_fact(leaves, "repeated"))
+    )
     chosen = wanted[0] if growing and wanted else []
     for leaves in factors:
         for atom in leaves:
@@ -232,7 +245,10 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
                     decided[atom] = True, why
                 else:
                     anchor = next((reason for fact, reason in ANCHORS.items() if fact in atom.facts), None)
-                    decided[atom] = False, anchor or ("head_dim of heads × head_dim" if leaves in dotted else "a factor of a product that grows by another")
+                    decided[atom] = (
+                        False,
+                        anchor or ("head_dim of heads × head_dim" if leaves in dotted else "a factor of a product that grows by another"),
+                    )
 
 
 def _anchored(leaves: list[Atom]) -> bool:
@@ -250,7 +266,14 @@ def _classes(axes: Axes, weights: dict, leaves: dict[Atom, sympy.Expr], reasons:
             for atom in axes.leaves(dim):
                 where.setdefault(atom, {})[name, axis] = None
     out = [
-        AxisClass(size=atom.size[0], dims=leaves[atom], where=tuple(places), grows=leaves[atom].has(WIDTH), reason=reasons[atom][0], known=reasons[atom][1])
+        AxisClass(
+            size=atom.size[0],
+            dims=leaves[atom],
+            where=tuple(places),
+            grows=leaves[atom].has(WIDTH),
+            reason=reasons[atom][0],
+            known=reasons[atom][1],
+        )
         for atom, places in where.items()
     ]
     return tuple(sorted(out, key=lambda c: (not c.grows, -len(c.where))))

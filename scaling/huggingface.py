@@ -34,7 +34,7 @@ def at_twice_the_width(model: nn.Module) -> nn.Module | None:
     try:
         with torch.device("meta"):
             twin = type(model)(scaled)
-    except Exception:  # noqa: BLE001 - whatever a config validator raises: then it cannot be known this way
+    except Exception:  # whatever a config validator raises: then it cannot be known this way
         return None
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
     return twin if ours.keys() == theirs.keys() else None

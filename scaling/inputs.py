@@ -56,7 +56,9 @@ def _made_up(model: nn.Module) -> tuple[Inputs, Recording]:
             if answered is None:
                 break
             wanted = answered
-    raise CannotMakeInputs(type(model).__name__, str(inspect.signature(model.forward)), tried[-3:], last or "it takes no tensor that could be guessed")
+    raise CannotMakeInputs(
+        type(model).__name__, str(inspect.signature(model.forward)), tried[-3:], last or "it takes no tensor that could be guessed"
+    )
 
 
 def _described(inputs: Inputs) -> str:
@@ -150,7 +152,7 @@ def _input_of(node: fx.Node) -> int | None:
 
 
 def _from_consumer(want: _Wanted, operator: str, weight: Tensor) -> _Wanted | None:
-    shape = tuple(weight.shape)
+    shape = list(weight.shape)
     kind = f"{operator}{shape}"
     if operator in {"embedding", "embedding_bag"}:
         return want.told(kind, ((BATCH, LENGTH), (LENGTH,), (BATCH,)), integer=True)

@@ -40,7 +40,8 @@ def exact(value: object) -> sympy.Expr:
     if isinstance(value, float):
         message = f"{value!r} is a float; exact expressions are made of integers"
         raise ValueError(message)
-    return sympy.sympify(value)
+    expression: sympy.Expr = sympy.sympify(value)  # pyright: ignore[reportAssignmentType] - sympify is typed as Basic
+    return expression
 
 
 def _parse(node: ast.expr, text: str) -> sympy.Expr:

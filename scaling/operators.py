@@ -138,7 +138,9 @@ def bind(call: Call, axes: Axes) -> tuple[list[Binding], Signature] | None:
         spread = _spread(operand, len(dims))
         if spread is None:
             return None
-        bindings.append(Binding(node, tuple(_split(axes, labels, dim, sizes) for labels, dim in zip(spread, dims, strict=True)), operand.added))
+        bindings.append(
+            Binding(node, tuple(_split(axes, labels, dim, sizes) for labels, dim in zip(spread, dims, strict=True)), operand.added)
+        )
     return bindings, signature
 
 
@@ -277,7 +279,7 @@ def strides(call: Call) -> int:
 
 def attention(call: Call) -> Built:
     """q·k summed over e, weights·v over the keys; with enable_gqa one key head serves r query heads."""
-    q, k, v = (_shape(node, call) for node in call.tensors[:3])
+    q, k = (_shape(node, call) for node in call.tensors[:2])
     if len(q) >= 3 and q[-3] != k[-3]:
         repeats = tuple(a // b for a, b in zip(q[-3], k[-3], strict=True))
         return "... (h r) l e, ... h s e, ... h s f, +_ -> ... (h r) l f".replace("+_", _mask(call)), {"r": repeats}
@@ -332,7 +334,7 @@ def view(call: Call, axes: Axes) -> None:
 
 
 def permute(call: Call, axes: Axes) -> None:
-    """permute(x, dims)."""
+    """Axes in another order."""
     dims = _input(call, axes)
     axes.dims[call.node] = tuple(dims[i] for i in call.get("dims"))
 
@@ -350,7 +352,7 @@ def transpose(call: Call, axes: Axes) -> None:
 
 
 def movedim(call: Call, axes: Axes) -> None:
-    """movedim(x, source, destination)."""
+    """Axes moved from source to destination."""
     dims = _input(call, axes)
     source, destination = ([v] if isinstance(v, int) else list(v) for v in (call.get("source"), call.get("destination")))
     order: list[int | None] = [None] * len(dims)
@@ -363,9 +365,11 @@ def movedim(call: Call, axes: Axes) -> None:
 def same(call: Call, axes: Axes) -> None:
     """The shape, and every axis, of the first input: flip, roll, cumsum."""
     dims = _input(call, axes)
-    axes.dims[call.node] = tuple(
-        dim if axes.size(dim) == size else axes.fresh(size) for dim, size in zip(dims, call.shape, strict=False)
-    ) if len(dims) == len(call.shape) else tuple(axes.fresh(size) for size in call.shape)
+    axes.dims[call.node] = (
+        tuple(dim if axes.size(dim) == size else axes.fresh(size) for dim, size in zip(dims, call.shape, strict=False))
+        if len(dims) == len(call.shape)
+        else tuple(axes.fresh(size) for size in call.shape)
+    )
 
 
 def unsqueeze(call: Call, axes: Axes) -> None:
@@ -393,7 +397,7 @@ def expand(call: Call, axes: Axes) -> None:
 
 
 def repeat(call: Call, axes: Axes) -> None:
-    """repeat(x, repeats) and tile: each axis becomes copies × itself."""
+    """Repeat and tile: each axis becomes copies × itself."""
     dims = _input(call, axes)
     lead = len(call.shape) - len(dims)
     out = []
@@ -504,7 +508,11 @@ def getitem(call: Call, axes: Axes) -> None:
         which = (_argument(source, "dim", 1) or 0) % len(dims)
         axes.mark(dims[which], "indexed")
         axes.dims[call.node] = dims[:which] + dims[which + 1 :]
-    elif len(dims) == len(call.shape) and all(axes.size(d) == s for d, s in zip(dims, call.shape, strict=True)) and index == 0:
+    elif (
+        len(dims) == len(call.shape)
+        and all(axes.size(d) == s for d, s in zip(dims, call.shape, strict=True))
+        and (index == 0 or name in {"aten.var_mean", "aten.std_mean"})
+    ):
         axes.dims[call.node] = dims
     else:
         fresh(call, axes)
@@ -519,7 +527,8 @@ def _name(node: fx.Node) -> str:
 def _argument(node: fx.Node, name: str, position: int) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
-    for i, argument in enumerate(node.target._schema.arguments):  # pyright: ignore[reportFunctionMemberAccess]
+    schema: Any = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.name == name:
             return node.args[i] if i < len(node.args) else argument.default_value
     return node.args[position]
@@ -529,7 +538,13 @@ def reduce(call: Call, axes: Axes) -> None:
     """sum, mean, amax, norm over axes that are gone, or of length 1."""
     dims = _input(call, axes)
     which = call.get("dim", None)
-    gone = set(range(len(dims))) if which is None or which == [] else {which % len(dims)} if isinstance(which, int) else {i % len(dims) for i in which}
+    gone = (
+        set(range(len(dims)))
+        if which is None or which == []
+        else {which % len(dims)}
+        if isinstance(which, int)
+        else {i % len(dims) for i in which}
+    )
     if call.get("keepdim", False):
         axes.dims[call.node] = tuple(() if i in gone else dim for i, dim in enumerate(dims))
     else:
@@ -543,9 +558,11 @@ def grid(call: Call, axes: Axes) -> None:
     dims = _input(call, axes)
     facts = {fact for dim in dims for atom in axes.leaves(dim) for fact in atom.facts if fact == "input"}
     lead = len(call.shape) - len(dims)
-    axes.dims[call.node] = tuple(
-        dim if axes.size(dim) == size else axes.fresh(size, *facts) for size, dim in zip(call.shape[lead:], dims, strict=True)
-    ) if lead == 0 else tuple(axes.fresh(size) for size in call.shape)
+    axes.dims[call.node] = (
+        tuple(dim if axes.size(dim) == size else axes.fresh(size, *facts) for size, dim in zip(call.shape[lead:], dims, strict=True))
+        if lead == 0
+        else tuple(axes.fresh(size) for size in call.shape)
+    )
 
 
 def index(call: Call, axes: Axes) -> None:
@@ -574,7 +591,7 @@ def _dtype(value: Any) -> torch.dtype:
 
 
 def index_select(call: Call, axes: Axes) -> None:
-    """index_select(x, dim, ids): one axis is looked up."""
+    """Ids along dim: one axis is looked up."""
     dims = list(_input(call, axes))
     which = call.get("dim")
     axes.mark(dims[which], "looked_up")
@@ -633,7 +650,7 @@ def _signed(signature: Signed, names: str, *, linear: bool = False, thinned: Cal
 
 
 _ROWS: list[dict[str, Operator]] = [
-    # contractions
+    # sums of products
     _signed("... i, o i, +o -> ... o", "linear"),
     _signed(matmul, "matmul mm bmm mv dot vdot inner"),
     _signed(addmm, "addmm"),
@@ -646,14 +663,14 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(attention, "scaled_dot_product_attention"),
     # lookups
     _signed("v! o, ... -> ... o", "embedding"),
-    # norms: gain and bias
+    # gains and biases
     _signed(layer_norm, "layer_norm rms_norm"),
     _signed(channels, "batch_norm instance_norm"),
     _signed(channels, "group_norm"),
     _signed(prelu, "prelu"),
     # elementwise, beside everything that torch tags as pointwise
     _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
-    _signed(elementwise, "softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish prelu_ logsumexp_"),
+    _signed(elementwise, "softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish"),
     # values that only move
     _moves(view, "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as ravel"),
     _moves(permute, "permute"),
@@ -676,7 +693,9 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(index_select, "index_select"),
     _moves(write, "copy index_put slice_scatter select_scatter index_copy masked_scatter index_add"),
     _moves(reduce, "sum mean", linear=True),
-    _moves(reduce, "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean", linear=False),
+    _moves(
+        reduce, "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean", linear=False
+    ),
     _moves(
         grid,
         "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "

@@ -8,13 +8,33 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import sympy
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PrivateAttr
 
 from scaling import optimizers
-from scaling.errors import MixedBlocks, UnknownName, WrongWidth
+from scaling.errors import MixedBlocks, NoGraph, UnknownName, WrongWidth
 from scaling.limits import WIDTH, exact, exponent
 
-__all__ = ["AxisClass", "Block", "Contraction", "Coverage", "Exact", "Factor", "ScalingTable", "Source", "Use", "WeightRule"]
+if TYPE_CHECKING:
+    from scaling.graph import LayerGraph
+    from scaling.growth import Growth
+    from scaling.uses import WeightUse
+
+__all__ = [
+    "AxisClass",
+    "Block",
+    "Contraction",
+    "Coverage",
+    "Exact",
+    "Factor",
+    "Law",
+    "Parametrization",
+    "Record",
+    "ScalingTable",
+    "Source",
+    "Trace",
+    "Use",
+    "WeightRule",
+]
 
 Exact = Annotated[sympy.Expr, BeforeValidator(exact), PlainSerializer(str, return_type=str)]
 Part = Literal["in", "out", "copy", "lookup"]
@@ -221,7 +241,9 @@ class WeightRule(Record):
     @property
     def lr(self) -> dict[str, sympy.Expr]:
         """Learning-rate factor per optimizer family."""
-        return {family: self._agreed(f"lr[{family!r}]", [block.lr[family] for block in self.blocks]) for family in optimizers.LEARNING_RATES}
+        return {
+            family: self._agreed(f"lr[{family!r}]", [block.lr[family] for block in self.blocks]) for family in optimizers.LEARNING_RATES
+        }
 
     @property
     def eps(self) -> sympy.Expr:
@@ -251,6 +273,28 @@ class WeightRule(Record):
         if name == "multiplier":
             return exponent(self.multiplier)
         return self._agreed(name, [block.exponent(name) for block in self.blocks])  # pyright: ignore[reportReturnType]
+
+
+class Law(Record):
+    """What a parametrization does to one block of a weight, exact in d, for one optimizer family.
+
+    W_effective = `multiplier`·w, w ~ N(0, `init_std`²) (None: starts at zero), learning rate `lr`, Adam's ε `eps`, lr-coupled decay
+    `weight_decay`.
+    """
+
+    multiplier: Exact = ONE
+    init_std: Exact | None = None
+    lr: Exact = ONE
+    eps: Exact = ONE
+    weight_decay: Exact = ONE
+
+
+class Parametrization(Record):
+    """A parametrization of a whole model for one optimizer `family`: per weight one law for each of the table's blocks."""
+
+    name: str
+    family: str
+    laws: dict[str, tuple[Law, ...]]
 
 
 class AxisClass(Record):
@@ -294,6 +338,15 @@ def _formats() -> ModuleType:
     return formats
 
 
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a table was derived from: `scaling.graph.LayerGraph`, `scaling.growth.Growth` (with its axes) and the uses."""
+
+    graph: LayerGraph
+    growth: Growth
+    uses: tuple[WeightUse, ...]
+
+
 class ScalingTable(Record):
     """The scaling table: one rule per trainable weight, in model order; a tied alias finds the same rule.
 
@@ -307,6 +360,18 @@ class ScalingTable(Record):
     coverage: Coverage
     model: str = ""
     notes: tuple[str, ...] = ()
+    _trace: Trace | None = PrivateAttr(default=None)
+
+    @property
+    def trace(self) -> Trace:
+        """The layer graph, its axes and their growth; a table read from JSON has none.
+
+        Raises:
+            NoGraph: if the table was not derived in this process.
+        """
+        if self._trace is None:
+            raise NoGraph(self.model)
+        return self._trace
 
     @property
     def width(self) -> sympy.Symbol:
@@ -401,5 +466,7 @@ class ScalingTable(Record):
                     roots = [root for root in sympy.solve(dim - length, WIDTH) if root.is_Integer]
                     size = int(roots[0]) if roots else None
                 if (size is None and dim.has(WIDTH)) or dim.subs(WIDTH, size or 1) != length:
-                    raise WrongWidth(rule.name, shape, f"{rule.dims}" + (f" = {tuple(x.subs(WIDTH, size) for x in rule.dims)}" if size else ""))
+                    raise WrongWidth(
+                        rule.name, shape, f"{rule.dims}" + (f" = {tuple(x.subs(WIDTH, size) for x in rule.dims)}" if size else "")
+                    )
         return self.size if size is None else size

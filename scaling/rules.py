@@ -41,7 +41,9 @@ def rules_of(weights: tuple[Call, ...], uses: list[WeightUse], growth: Growth, f
     by_weight: dict[Call, list[WeightUse]] = {}
     for use in uses:
         by_weight.setdefault(use.weight, []).append(use)
-    undone = {tuple(sorted(id(a) for s in growth.axes.root(cat).segments for a in growth.axes.resolve(s.dim))) for cat in growth.axes.joined_cats}
+    undone = {
+        tuple(sorted(id(a) for s in growth.axes.root(cat).segments for a in growth.axes.resolve(s.dim))) for cat in growth.axes.joined_cats
+    }
     folds_of: dict[Call, list[Fold]] = {}
     for fold in folds:
         folds_of.setdefault(fold.weight, []).append(fold)
@@ -70,7 +72,8 @@ def _rule(call: Call, uses: list[WeightUse], growth: Growth, folds: list[Fold], 
         for fold in folds:
             if _selected(fold.selection, [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]):
                 target *= fold.target
-                notes[f"carries {fold.target} of the 1/({fold.contraction.dim}) that {fold.contraction.operator} needs at {fold.contraction.source}"] = None
+                needed = f"1/({fold.contraction.dim}) that {fold.contraction.operator} needs at {fold.contraction.source}"
+                notes[f"carries {fold.target} of the {needed}"] = None
         block = maps[0].model_copy(update={"target": target})
         blocks.append(block)
         for use, multiplier in zip(covering, _multipliers(call, maps, covering), strict=True):
@@ -137,7 +140,7 @@ def _undone(axes: Axes, atom: Atom, undone: set[tuple[int, ...]]) -> bool:
 def _covers(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], axes: Axes) -> bool:
     """Whether a use takes the block; an axis that is no block of its own is taken whole, however much of it this run looked at."""
     return all(
-        cell.stop == axes.size(dim) and cell.at is None and cell.start == axes.zero or _within(cell, used)
+        (cell.stop == axes.size(dim) and cell.at is None and cell.start == axes.zero) or _within(cell, used)
         for cell, used, dim in zip(cells, use.ranges, dims, strict=True)
     )
 
@@ -147,7 +150,9 @@ def _selected(selection: Selection | None, cells: list[_Cell]) -> bool:
     if selection is None or not cells:
         return True
     return any(
-        selection.index == cell.start[0] if cell.at is not None and cell.dim == () else (selection.start, selection.stop) == (cell.start, cell.stop)
+        selection.index == cell.start[0]
+        if cell.at is not None and cell.dim == ()
+        else (selection.start, selection.stop) == (cell.start, cell.stop)
         for cell in cells
     )
 
@@ -156,7 +161,9 @@ def _selected(selection: Selection | None, cells: list[_Cell]) -> bool:
 
 
 def _map(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], growth: Growth) -> Block:
-    parts = [_factors(spans, cell, dim, growth) for spans, cell, dim in zip(use.spans, cells, dims, strict=True)]
+    parts = [
+        _factors(_banked(spans, dim, dims, growth.axes), cell, dim, growth) for spans, cell, dim in zip(use.spans, cells, dims, strict=True)
+    ]
     grown = any(part == "add" and factor.extent.free_symbols for factors in parts for factor, part in factors)
     axes = []
     for factors in parts:
@@ -169,6 +176,12 @@ def _map(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], growth
     thinned = operator.thinned(use.call) if operator is not None and operator.thinned is not None else 1
     looked_up = any(factor.part == "lookup" and factor.size != 1 for factor in flat)
     return Block(axes=tuple(axes), fan_in=fans["in"] / thinned, fan_out=fans["out"], copies=fans["copy"], lookup=looked_up)
+
+
+def _banked(spans: tuple[Span, ...], dim: Dim, dims: tuple[Dim, ...], axes: Axes) -> tuple[Span, ...]:
+    """An axis that counts separate maps at another weight (experts) counts them at this one too, though here all see one input."""
+    bank = len(dims) > 2 and dim and all("bank" in atom.facts for atom in axes.leaves(dim))
+    return tuple(Span(span.size, "copy") if bank and span.part == "out" else span for span in spans)
 
 
 def _settled(factor: Factor, part: str, *, looked_up: bool) -> Factor:
@@ -186,7 +199,9 @@ def _factors(spans: tuple[Span, ...], cell: _Cell, dim: Dim, growth: Growth) -> 
     if cell.at is None:
         parts = {span.part for span in spans} or {"out"}
         if cell.start == axes.zero and cell.stop == axes.size(dim) and len(parts) > 1:
-            return _merged([(growth.of((atom,)), part, None) for atom, part in zip(resolved, _per_factor(resolved, spans, axes), strict=True)])
+            return _merged(
+                [(growth.of((atom,)), part, None) for atom, part in zip(resolved, _per_factor(resolved, spans, axes), strict=True)]
+            )
         start, stop = _offset(growth, resolved, cell.start), _offset(growth, resolved, cell.stop)
         return [_factor(whole, next(iter(parts)), (start, stop))] if whole != 1 or resolved else []
     rows = []
@@ -249,16 +264,17 @@ def _multipliers(call: Call, maps: list[Block], uses: list[WeightUse]) -> list[s
     degree 0.
     """
     first = maps[0]
-    out = [sympy.Integer(1)]
+    out: list[sympy.Expr] = [sympy.Integer(1)]
     for other, use in zip(maps[1:], uses[1:], strict=True):
         gap = exponent(optimizers.init_std(other)) - exponent(optimizers.init_std(first))
         for family, degree in optimizers.DEGREES.items():
             rates = exponent(optimizers.LEARNING_RATES[family](other)) - exponent(optimizers.LEARNING_RATES[family](first))
             if rates != (1 + degree) * gap:
-                wants = [f"init_std {optimizers.init_std(m)} and {family} lr {optimizers.LEARNING_RATES[family](m)}" for m in (first, other)]
+                wants = [
+                    f"init_std {optimizers.init_std(m)} and {family} lr {optimizers.LEARNING_RATES[family](m)}" for m in (first, other)
+                ]
                 places = [str(uses[0].call.source), str(use.call.source)]
                 raise ConflictingUses(call.names[0], wants, places, "no multiplier reconciles them: use two weights, or the same map twice")
         ratio = optimizers.adam(other) / optimizers.adam(first)
         out.append(ratio if gap != 0 else sympy.Integer(1))
     return out
-

@@ -282,9 +282,9 @@ def _remedy(contraction: Contraction, folded: list[str]) -> Text:
 
 def _notes(table: ScalingTable, *, full: bool) -> Iterable[Text]:
     yield from ((note,) for note in table.notes)
-    noted: dict[object, list[tuple[str, str]]] = defaultdict(list)
+    noted: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, note in ((rule.name, note) for rule in table for note in rule.notes):
-        noted[(name, note) if full else (template(name), template(note))].append((name, note))
+        noted[f"{name}: {note}" if full else template(note)].append((name, note))
     for pairs in noted.values():
         names: list[Text] = [(Code(name),) for name in fold(name for name, _ in pairs)]
         yield (*join(", ", names), ": ", "; ".join(fold(note for _, note in pairs)))

@@ -14,8 +14,13 @@ from scaling.operators import Binding, Label, apply, bind, known, rule_of
 
 __all__ = ["Dot", "Span", "WeightUse", "joined_axes", "uses_of"]
 
-DATA_FIRST = {"aten.linear", "aten.layer_norm", "aten.rms_norm", "aten.batch_norm", "aten.group_norm", "aten.instance_norm", "aten.prelu",
-              "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d", "aten.bilinear"}  # fmt: skip
+DATA_FIRST = {
+    *(f"aten.{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)),
+    *(f"aten.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance")),
+    "aten.linear",
+    "aten.bilinear",
+    "aten.prelu",
+}
 """Operators whose first argument is data: a weight there (learned queries) enters the stream of values."""
 
 
@@ -133,15 +138,20 @@ def _labelled(call: Call, operand: fx.Node, axes: Axes, bound: tuple | None) -> 
 
 def _mark(axes: Axes, call: Call, operand: fx.Node, bound: tuple | None) -> None:
     elsewhere = {label.name for b in bound[0] if b.node is not operand for axis in b.axes for label, _ in axis} if bound else set()
-    for dim, part in _labelled(call, operand, axes, bound):
-        axes.mark(dim, {"in": "summed", "lookup": "looked_up"}.get(part, "used"))
+    sums = False
     if bound is not None and not (call.tensors.index(operand) == 0 and call.name in DATA_FIRST):
         binding = next(b for b in bound[0] if b.node is operand)
         output = {label.name for axis in bound[1].output.axes for label in axis}
         for axis in binding.axes:
             for label, dim in axis:
-                if label.name not in elsewhere and label.name not in output and not label.looked_up:
-                    axes.mark(dim, "kernel")
+                if label.name not in output and not label.looked_up:
+                    sums = sums or label.name in elsewhere
+                    if label.name not in elsewhere:
+                        axes.mark(dim, "kernel")
+    for dim, part in _labelled(call, operand, axes, bound):
+        if part == "copy" and sums and len(axes.dims[operand]) > 2:
+            axes.mark(dim, "bank")
+        axes.mark(dim, {"in": "summed", "lookup": "looked_up"}.get(part, "used"))
 
 
 def _use(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node) -> WeightUse:

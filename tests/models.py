@@ -119,7 +119,9 @@ class GPT(nn.Module):
 
 
 def encoder(d):
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(d, d // 16, 4 * d, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(d, d // 16, 4 * d, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False
+    )
 
 
 def gpt2(d):
@@ -150,7 +152,15 @@ def vit(d):
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
-        ViTConfig(hidden_size=d, intermediate_size=4 * d, num_hidden_layers=2, num_attention_heads=d // 16, image_size=32, patch_size=8, num_labels=7)
+        ViTConfig(
+            hidden_size=d,
+            intermediate_size=4 * d,
+            num_hidden_layers=2,
+            num_attention_heads=d // 16,
+            image_size=32,
+            patch_size=8,
+            num_labels=7,
+        )
     )
 
 

@@ -1,0 +1,51 @@
+"""The errors of the compiler: what happened, to which weight, what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from scaling.errors import ScalingError
+
+__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "NotAMatrix", "NotExpressible"]
+
+
+class AlreadyCompiled(ScalingError):
+    """The model's weights or forward already follow a table."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} a second time would scale it twice\n"
+            "  build a new model, or pass init=None for one that is already initialised or trained"
+        )
+
+
+class BadOption(ScalingError, ValueError):
+    """An option whose value makes no sense."""
+
+    def __init__(self, option: str, value: object, wanted: str) -> None:
+        self.option, self.value = option, value
+        super().__init__(f"{option}={value!r}: {wanted}")
+
+
+class BadGradient(ScalingError, RuntimeError):
+    """A gradient the optimizer refuses."""
+
+    def __init__(self, names: Iterable[str], what: str, cure: str) -> None:
+        self.names = tuple(names)
+        super().__init__(f"{what} gradient of {', '.join(self.names)}\n  {cure}")
+
+
+class NotAMatrix(ScalingError, ValueError):
+    """A tensor that a matrix map cannot take."""
+
+    def __init__(self, shape: Iterable[int], what: str, cure: str) -> None:
+        self.shape = tuple(shape)
+        super().__init__(f"{what} of shape {self.shape}\n  {cure}")
+
+
+class NotExpressible(ScalingError):
+    """A rule that the chosen form of output has no words for."""
+
+    def __init__(self, weight: str, why: str, cure: str) -> None:
+        self.weight = weight
+        super().__init__(f"weight '{weight}' {why}\n  {cure}")

@@ -1,0 +1,168 @@
+"""The spectral norm, SN (X over its spectral norm) and SVC (singular value clipping)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from compiler.coefficients import SCHEDULES
+from compiler.errors import BadOption
+from compiler.msign import iterate, ldexp, power_of_two, require_matrices
+
+__all__ = ["ritz", "spectral_norm", "spectral_normalize", "svc"]
+
+VECTORS = 16
+COLD, WARM = 8, 1
+"""Blocks added to the Krylov space without and with a start."""
+
+POLISH = (15 / 8, -10 / 8, 3 / 8)
+"""Takes an error of e at 1 to about e³: the Newton-Schulz quintic."""
+SIGN = SCHEDULES["exact"]._replace(steps=(*SCHEDULES["exact"].steps, POLISH))
+INVERSE_ROOT = SCHEDULES["fast"]._replace(steps=(*SCHEDULES["fast"].steps, POLISH, POLISH))
+
+
+def spectral_norm(X: Tensor, *, strict: bool = False) -> Tensor:
+    """σ₁ of every matrix in the last two dimensions.
+
+    By default the largest Ritz value of a Krylov space of 9 blocks of 16 vectors: an underestimate, by rounding only (4e-7 in fp32)
+    on momenta of real training, by 3e-5 on Gaussian 512 × 512 and 0.12 % on Gaussian 2048 × 2048 matrices, whose edge is the hardest case.
+
+    Args:
+        X: shape (..., m, n), real floating point; read only.
+        strict: never underestimate. Returns the Schatten norm (Σ σ¹⁶)^(1/16): above σ₁ by 0.04-1.5 % on real momenta, by about
+            20 % on Gaussian matrices, by rank^(1/16) at most (all σ equal).
+
+    Returns:
+        Shape (...), X's dtype; NaN for a matrix with NaN or Inf in it.
+
+    Raises:
+        NotAMatrix: for fewer than two dimensions, or entries that are not real floating point.
+
+    >>> round(spectral_norm(torch.diag(torch.tensor([3.0, -4.0]))).item(), 5)
+    4.0
+    """
+    require_matrices(X)
+    if X.numel() == 0:
+        return X.new_zeros(X.shape[:-2])
+    A, exponent, good = power_of_two(X.mT if X.size(-2) > X.size(-1) else X)
+    sigma = _schatten16(A) if strict else ritz(A)[0]
+    return ldexp(sigma, exponent[..., 0, 0]).where(good[..., 0, 0], torch.nan).to(X.dtype)
+
+
+def spectral_normalize(X: Tensor, *, strict: bool = False) -> Tensor:
+    """SN: every matrix over its spectral norm, as `spectral_norm` finds it; zero stays zero.
+
+    Args:
+        X: shape (..., m, n), real floating point; read only.
+        strict: make sure that ‖result‖₂ ≤ 1, at the price of `spectral_norm`'s overestimate.
+
+    Raises:
+        NotAMatrix: for fewer than two dimensions, or entries that are not real floating point.
+
+    >>> spectral_normalize(torch.diag(torch.tensor([3.0, -4.0])))
+    tensor([[ 0.7500,  0.0000],
+            [ 0.0000, -1.0000]])
+    """
+    require_matrices(X)
+    if X.numel() == 0:
+        return X.clone()
+    A, _, good = power_of_two(X)
+    sigma = spectral_norm(A, strict=strict)[..., None, None]
+    return (A / sigma.where(sigma > 0, 1)).where(good, torch.nan).to(X.dtype)
+
+
+def svc(X: Tensor, scale: float | Tensor) -> Tensor:
+    """SVC: U·min(scale·S, 1)·Vᵀ of the SVD X = U·S·Vᵀ. As scale → ∞ this is msign(X).
+
+    On a CPU by the SVD in fp64: exact to the rounding of X's dtype. On other devices in Gram space (the projector on σ > 1/scale, and
+    (X·Xᵀ)^(-1/2) there), in fp32 within 5e-4 in spectral norm for scale·σ₁ up to 1e4; beyond that by the SVD as well.
+
+    Args:
+        X: shape (..., m, n), real floating point; read only. Half precision is computed in fp32.
+        scale: at least 0; a number, or a tensor that broadcasts to X's leading dimensions.
+
+    Returns:
+        A new tensor of X's shape and dtype, NaN for a matrix with NaN or Inf in it.
+
+    Raises:
+        NotAMatrix: for fewer than two dimensions, or entries that are not real floating point.
+        BadOption: for a scale that is negative or NaN.
+
+    >>> svc(torch.diag(torch.tensor([3.0, -0.2])), 2.0)
+    tensor([[ 1.0000,  0.0000],
+            [ 0.0000, -0.4000]])
+    """
+    require_matrices(X)
+    if not isinstance(scale, Tensor) and not scale >= 0:
+        raise BadOption("scale", scale, "a number of at least 0 (msign is the limit of a large one)")
+    if X.numel() == 0:
+        return X.clone()
+    tall = X.size(-2) > X.size(-1)
+    A, exponent, good = power_of_two(X.mT if tall else X)
+    factor = torch.as_tensor(scale, dtype=torch.float64, device=X.device)[..., None, None].ldexp(exponent.double())
+    factor = factor.expand(*X.shape[:-2], 1, 1)
+    by_svd = X.device.type == "cpu" or bool((factor * _schatten16(A)[..., None, None]).max() > 1e4)
+    out = (_clip_svd if by_svd else _clip_projector)(A, factor).where(good, torch.nan).to(X.dtype)
+    return out.mT if tall else out
+
+
+def ritz(A: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ritz values and vectors of A·Aᵀ on the Krylov space of a block of vectors (Musco & Musco 2015, arXiv 1504.05477).
+
+    Args:
+        A: shape (..., m, n) with m ≤ n, scaled so that no square overflows.
+        start: the block an earlier call returned for a nearby matrix, (..., m, k). It saves 7 of the 9 blocks. Where A has
+            nothing to do with that matrix, the underestimate is up to 0.7 % (spectra of real momenta) or 16 % (Gaussian).
+
+    Returns:
+        The largest Ritz value as an estimate of σ₁ from below, (...); the k = min(16, m) best vectors, (..., m, k).
+    """
+    m = A.size(-2)
+    generator = torch.Generator().manual_seed(0)  # the caller's random state is left alone
+    block = torch.randn(m, min(VECTORS, m), generator=generator, dtype=torch.float64).to(A).expand(*A.shape[:-2], -1, -1)
+    if start is not None:
+        block = torch.cat([start[..., :-1].to(A), block[..., -1:]], -1)  # one fresh vector, for what start cannot see
+    krylov = [torch.linalg.qr(block)[0]]
+    for _ in range(COLD if start is None else WARM):
+        krylov.append(torch.linalg.qr(A @ (A.mT @ krylov[-1]))[0])
+    basis = torch.linalg.qr(torch.cat(krylov, -1))[0]
+    _, values, vectors = torch.linalg.svd(A.mT @ basis, full_matrices=False)
+    return values[..., 0], basis @ vectors.mT[..., : block.size(-1)]
+
+
+def _schatten16(A: Tensor) -> Tensor:
+    """(Σ σ¹⁶)^(1/16) ≥ σ₁ of A (..., m, n) with m ≤ n, with room for rounding."""
+    norm = torch.linalg.matrix_norm(A, keepdim=True)
+    R = A / norm.where(norm > 0, 1)
+    for _ in range(3):
+        R = R @ R.mT
+    return norm[..., 0, 0] * torch.linalg.matrix_norm(R) ** 0.125 * (1 + 8 * torch.finfo(A.dtype).eps)
+
+
+def _clip_svd(A: Tensor, factor: Tensor) -> Tensor:
+    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    clipped = (S * factor[..., 0]).clamp(max=1).where(S > 0, 0)
+    return (U * clipped.unsqueeze(-2)) @ Vh
+
+
+def _clip_projector(A: Tensor, factor: Tensor) -> Tensor:
+    """In stages of at most a factor 10 each, as clipping at τ is clipping at τ₁ > τ first: rounding grows with σ₁/τ."""
+    bound = _schatten16(A)[..., None, None].double()
+    level = (1 / (factor * bound.where(bound > 0, 1))).clamp(max=1)  # where to clip, in units of the bound
+    stages = max(1, math.ceil(-math.log10(float(level.min()))))
+    level = level.pow(1 / stages)
+    C = A / bound.where(bound > 0, 1).to(A.dtype)
+    for _ in range(stages):
+        C = _clip_once(C, level.to(A.dtype))
+    return C * (factor * bound * level**stages).where(bound > 0, 1).to(A.dtype)
+
+
+def _clip_once(C: Tensor, level: Tensor) -> Tensor:
+    """U·min(S/level, 1)·Vᵀ = [(I - P) + level·P·Q]·C / level, P the projector on σ > level, Q = (C·Cᵀ)^(-1/2) there; σ ≤ 1."""
+    R = C @ C.mT
+    shifted = R.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(level[..., 0] ** 2)
+    step = iterate(C, INVERSE_ROOT) * level - C
+    return (C + (step + iterate(shifted, SIGN) @ step) / 2) / level

@@ -1,0 +1,512 @@
+"""Measurements against what is known: THEORY 6.1 and 6.3, hand-written parametrizations, functions with a known optimum."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scaling import measure, plots
+from scaling.errors import CannotMeasure, MissingExtra
+from scaling.limits import WIDTH
+from scaling.measure import Assumptions, CoordinateCheck, LearningRateSweep, assumptions, coordinate_check, learning_rate_sweep
+from scaling.records import Block, Coverage, Factor, ScalingTable, Source, Use, WeightRule
+
+WIDTHS = (64, 128, 256, 512)
+
+
+def mlp(width):
+    return nn.Sequential(nn.Linear(16, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
+
+
+def standard(optimizer, lr):
+    def build(width):
+        model = mlp(width)
+        return model, optimizer(model.parameters(), lr=lr)
+
+    return build
+
+
+def table3(optimizer, lr, base=64):
+    """TP5 table 3, written by hand: variance 1/fan_in (output 1/fan_in²), Adam (1, 1/n, 1/n), SGD (n, 1, 1/n); input and biases first."""
+
+    def build(width):
+        model = mlp(width)
+        first, hidden, last = model[0], model[2], model[4]
+        r = width / base
+        nn.init.normal_(first.weight, std=16**-0.5)
+        nn.init.normal_(hidden.weight, std=width**-0.5)
+        nn.init.normal_(last.weight, std=base**0.5 / width)
+        for layer in (first, hidden, last):
+            nn.init.zeros_(layer.bias)
+        scales = (1, 1 / r, 1 / r) if optimizer is torch.optim.Adam else (r, 1, 1 / r)
+        groups = [
+            {"params": params, "lr": lr * scale}
+            for params, scale in zip(([first.weight, first.bias, hidden.bias], [hidden.weight], [last.weight]), scales, strict=True)
+        ]
+        return model, optimizer([*groups, {"params": [last.bias], "lr": lr}], lr=lr)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(64, 16, generator=generator), torch.randint(10, (64,), generator=generator))]
+
+
+@pytest.fixture(scope="module")
+def default_adam(data):
+    return coordinate_check(standard(torch.optim.Adam, 0.01), data, WIDTHS, seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def mup_adam(data):
+    return coordinate_check(table3(torch.optim.Adam, 0.01), data, WIDTHS, seeds=(0, 1))
+
+
+def rule(name, shape, *axes):
+    """The rule of a weight with one block: per axis a list of (size, part)."""
+    factors = tuple(tuple(Factor(size=size, part=part, start=0, stop=size) for size, part in axis) for axis in axes)
+
+    def product(*parts):
+        return sympy.Mul(*(factor.extent for axis in factors for factor in axis if factor.part in parts))
+
+    lookup = any(factor.part == "lookup" for axis in factors for factor in axis)
+    fans = {"fan_in": product("in"), "fan_out": product("out"), "copies": product("copy"), "lookup": lookup}
+    use = Use(operator="aten.linear", source=Source(file="", line=0, code="", module=""), **fans)
+    dims = tuple(sympy.Mul(*(factor.size for factor in axis)) for axis in factors)
+    return WeightRule(names=(name,), shape=shape, dims=dims, uses=(use,), blocks=(Block(axes=factors, **fans),))
+
+
+def table_of(*rules, size):
+    return ScalingTable(size=size, rules=rules, coverage=Coverage(trainable=len(rules), reached=len(rules)))
+
+
+# coordinate check
+
+
+def test_the_default_parametrization_fails_under_adam(default_adam):
+    assert not default_adam.passed
+    assert default_adam.slopes["2"][1] > 0.7, "THEORY 6.1: +0.89"
+    assert default_adam.slopes["4"][1] > 0.9, "THEORY 6.1: +1.14"
+    assert {"2", "4"} <= {series.name for series in default_adam.failures}
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.Adam, 0.01), (torch.optim.SGD, 0.5)])
+def test_table_3_passes(optimizer, lr, data):
+    check = coordinate_check(table3(optimizer, lr), data, WIDTHS, seeds=(0, 1))
+    assert check.passed, str(check)
+    assert all(abs(by_step[step]) < 0.1 for by_step in check.slopes.values() for step in (1, 5)), str(check)
+
+
+def test_logits_of_table_3_start_small_and_that_is_no_failure(mup_adam):
+    assert mup_adam.slopes["4"][0] == pytest.approx(-0.5, abs=0.1), "THEORY 6.1: -0.47"
+    assert mup_adam.predicted["4"] == {0: None, 1: 0.0, 5: 0.0}
+    assert mup_adam.passed
+
+
+def test_sgd_under_the_default_parametrization_has_the_slopes_of_theory(data):
+    check = coordinate_check(standard(torch.optim.SGD, 0.5), data, (*WIDTHS, 1024), steps=(1,), seeds=(0, 1, 2))
+    expected = {"0": -0.48, "2": 0.41, "4": 0.93}
+    assert {name: check.slopes[name][1] for name in expected} == pytest.approx(expected, abs=0.12)
+
+
+def test_a_weight_that_does_not_move_yet_is_no_failure(data):
+    def build(width):
+        model, optimizer = table3(torch.optim.Adam, 0.01)(width)
+        nn.init.zeros_(model[4].weight)
+        return model, optimizer
+
+    check = coordinate_check(build, data, WIDTHS, steps=(1, 5), seeds=(0,))
+    assert check.slopes["0"][1] is None
+    assert abs(check.slopes["0"][5]) < 0.15
+    assert check.passed, str(check)
+
+
+def test_a_check_in_which_nothing_moves_does_not_pass(data):
+    check = coordinate_check(standard(torch.optim.SGD, 0.0), data, (8, 16), seeds=(0,))
+    assert not check.passed
+    assert "nothing was checked" in str(check)
+
+
+def test_a_model_that_diverges_at_one_width_fails(data):
+    def build(width):
+        model = mlp(width)
+        return model, torch.optim.SGD(model.parameters(), lr=math.inf if width == 16 else 0.1)
+
+    check = coordinate_check(build, data, (8, 16, 32), steps=(1,), seeds=(0,))
+    assert math.isnan(check.slopes["4"][1])
+    assert not check.passed
+    again = CoordinateCheck.from_json(check.to_json())
+    assert math.isnan(again.slopes["4"][1])
+
+
+def test_the_same_seeds_give_the_same_numbers_and_leave_the_callers_alone(data):
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    checks = [coordinate_check(standard(torch.optim.Adam, 0.01), data, (8, 16), seeds=(3,)) for _ in range(2)]
+    assert checks[0] == checks[1]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_measuring_does_not_change_the_training(data):
+    """Weights after 3 steps are those of a plain loop, dropout's random numbers and BatchNorm's statistics included."""
+    built = {}
+
+    def build(width):
+        model = nn.Sequential(nn.Linear(16, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 10))
+        built[width] = model
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    coordinate_check(build, data, (8, 16), steps=(1, 2, 3), seeds=(5,))
+    torch.manual_seed(5)
+    measured = built[8]
+    plain, optimizer = build(8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(data[0][0]), data[0][1]).backward()
+        optimizer.step()
+    for (name, a), (_, b) in zip(measured.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert not any(module._forward_hooks for module in measured.modules())
+
+
+def test_dropout_masks_are_not_taken_for_changes(data):
+    def build(width):
+        model = nn.Sequential(nn.Linear(16, width), nn.Dropout(0.5), nn.Linear(width, 10))
+        return model, torch.optim.SGD(model.parameters(), lr=0.0)
+
+    check = coordinate_check(build, data, (8, 16), steps=(1,), seeds=(0,))
+    assert all(series.values == (0.0, 0.0) for series in check.series if series.quantity == "change")
+
+
+def test_every_call_and_every_tensor_of_an_output_is_kept_apart(data):
+    class Twice(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.inner, self.act, self.outer = nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 10)
+
+        def forward(self, x):
+            y = self.outer(self.act(self.act(self.inner(x))))
+            return {"logits": y, "extra": (y.sum(), [y[:, :2], y.argmax(-1)])}
+
+    def build(width):
+        model = Twice(width)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    check = coordinate_check(
+        build, data, (8, 16), steps=(1,), seeds=(0,), loss=lambda model, batch: F.cross_entropy(model(batch[0])["logits"], batch[1])
+    )
+    assert list(check.slopes) == ["inner", "act", "act call 2", "outer", "(model)[logits]", "(model)[extra][1][0]"]
+
+
+def test_in_place_activations_do_not_overwrite_what_was_recorded(data):
+    def checked(inplace):
+        def build(width):
+            model = nn.Sequential(nn.Linear(16, width), nn.ReLU(inplace=inplace), nn.Linear(width, 10))
+            return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+        return coordinate_check(build, data, (8, 16), steps=(1,), seeds=(0,))
+
+    assert checked(inplace=True) == checked(inplace=False)
+
+
+def test_tensors_that_not_every_width_has_are_named(data):
+    class Heads(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(16, 10) for _ in range(width // 8))
+
+        def forward(self, x):
+            return sum(head(x) for head in self.heads)
+
+    def build(width):
+        model = Heads(width)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    check = coordinate_check(build, data, (8, 16), steps=(1,), seeds=(0,))
+    assert set(check.skipped) == {"heads.1", "heads.1.weight", "heads.1.bias"}
+    assert "left out" in str(check)
+    assert "heads.1.weight" in str(check)
+
+
+def test_norms_are_those_of_each_map_of_the_table():
+    """A gain, a lookup, stacked experts and an (in, out) matrix, each against the norm written out by hand."""
+    d = WIDTH
+    table = table_of(
+        rule("gain", (8,), [(d, "copy")]),
+        rule("embed", (5, 8), [(5, "lookup")], [(d, "out")]),
+        rule("experts", (3, 8, 8), [(3, "copy")], [(d, "out")], [(d, "in")]),
+        rule("conv1d", (8, 10), [(d, "in")], [(10, "out")]),
+        size=8,
+    )
+
+    class Odd(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.gain = nn.Parameter(torch.randn(width))
+            self.embed = nn.Parameter(torch.randn(5, width))
+            self.experts = nn.Parameter(torch.randn(3, width, width))
+            self.conv1d = nn.Parameter(torch.randn(width, 10))
+
+        def forward(self, tokens):
+            x = self.embed[tokens] * self.gain
+            return torch.einsum("eoi,bi->bo", self.experts, x) @ self.conv1d
+
+    models = {}
+
+    def build(width):
+        models[width] = Odd(width)
+        start[width] = {name: weight.detach().clone() for name, weight in models[width].named_parameters()}
+        return models[width], torch.optim.SGD(models[width].parameters(), lr=1e-3)
+
+    start = {}
+    batch = (torch.arange(5), torch.arange(5))
+    check = coordinate_check(build, [batch], (8, 16), steps=(1,), seeds=(0,), table=table)
+    by_hand = {
+        "gain": lambda w: w.abs().max(),
+        "embed": lambda w: w.norm(dim=1).max(),
+        "experts": lambda w: max(torch.linalg.matrix_norm(expert, 2) for expert in w),
+        "conv1d": lambda w: torch.linalg.matrix_norm(w, 2),
+    }
+    measured = check.select("weight", "update")
+    for name, norm in by_hand.items():
+        assert measured[name][0].values == pytest.approx([float(norm(start[width][name])) for width in (8, 16)], rel=1e-5), name
+        moved = [float(norm(getattr(models[width], name).detach() - start[width][name])) for width in (8, 16)]
+        assert measured[name][1].values == pytest.approx(moved, rel=1e-5), name
+    assert {name: measured[name][0].predicted for name in by_hand} == {"gain": 0, "embed": 0.5, "experts": 0, "conv1d": -0.5}
+
+
+def test_fused_blocks_have_norms_of_their_own():
+    def part(start, stop):
+        axes = ((Factor(size=3 * WIDTH, part="out", start=start, stop=stop),), (Factor(size=WIDTH, part="in", start=0, stop=WIDTH),))
+        return Block(axes=axes, fan_in=WIDTH, fan_out=WIDTH, copies=1)
+
+    weight = nn.Linear(8, 24, bias=False)
+    blocks = tuple(part(i * WIDTH, (i + 1) * WIDTH) for i in range(3))
+    fused = WeightRule(names=("weight",), shape=(24, 8), dims=(3 * WIDTH, WIDTH), uses=(), blocks=blocks)
+    weights = measure._Weights(weight, table_of(fused, size=8))
+    norms = dict(weights.norms(weights.values()))
+    expected = {f"weight block {i}": float(torch.linalg.matrix_norm(chunk, 2)) for i, chunk in enumerate(weight.weight.detach().chunk(3))}
+    assert norms == pytest.approx(expected)
+
+
+def test_norms_of_table_3_follow_the_spectral_condition(mup_adam):
+    slopes = mup_adam.norm_slopes
+    assert slopes["2.weight"] == pytest.approx({0: 0, 1: 0, 5: 0}, abs=0.1)
+    assert slopes["4.weight"] == pytest.approx({0: -0.5, 1: -0.5, 5: -0.5}, abs=0.15)
+    assert slopes["0.weight"] == pytest.approx({0: 0.5, 1: 0.5, 5: 0.5}, abs=0.15)
+
+
+# assumptions
+
+
+def test_gradients_are_low_rank_and_their_signs_are_as_large_as_adams_row_says(data):
+    found = assumptions(table3(torch.optim.Adam, 0.01), data, WIDTHS, seeds=(0, 1))
+    weights = {"0.weight", "2.weight", "4.weight"}
+    for quantity in ("rank", "sign", "gradient"):
+        slopes = {(name, step): series.slope for name, by_step in found.select(quantity).items() for step, series in by_step.items()}
+        assert {name for name, _ in slopes} == weights
+        assert all(abs(slope) < 0.12 for slope in slopes.values()), (quantity, slopes)
+    assert all(0.3 < value < 1 for by_step in found.select("sign").values() for series in by_step.values() for value in series.values)
+    assert all(abs(series.slope) < 0.1 for series in found.select("progress")["loss"].values())
+
+
+def test_the_default_parametrization_has_gradients_of_other_sizes(data):
+    found = assumptions(standard(torch.optim.SGD, 0.1), data, WIDTHS, steps=(0,), seeds=(0, 1))
+    assert found.select("gradient")["2.weight"][0].slope == pytest.approx(0.5, abs=0.1), "THEORY 6.1: 0.51"
+
+
+def test_ratios_of_known_gradients():
+    G = torch.zeros(1, 6, 4)
+    G[0, 0, 0], G[0, 1, 1] = 2.0, 1.0
+    assert measure._rank(G) == pytest.approx(1.5)
+    assert measure._sign(torch.outer(torch.randn(6), torch.randn(4))[None]) == pytest.approx(1), "THEORY 6.3: the sign of rank one"
+    assert measure._size(G) == pytest.approx(2 / math.sqrt(4 / 6))
+    assert measure._rank(torch.zeros(1, 6, 4)) == 0
+    n = 256
+    assert measure._sign(torch.randn(1, n, n)) == pytest.approx(2 / math.sqrt(n), rel=0.05), "THEORY 6.3: 0.123 at 256"
+
+
+# learning-rate sweep
+
+
+class Valley(nn.Module):
+    """A loss that one step of SGD from 0 brings to its minimum at the learning rate `best`."""
+
+    def __init__(self, best):
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(()))
+        self.best = best
+
+
+def valley(model, _batch):
+    return 0.5 / model.best * (model.x - 1) ** 2
+
+
+def build_valley(width, lr):
+    model = Valley(best=1 / width)
+    return model, torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def test_the_sweep_finds_a_known_optimum():
+    rates = [2.0**-k for k in range(8)]
+    sweep = learning_rate_sweep(build_valley, [None], (4, 8, 16), rates, steps=2, loss=valley, last=1, progress=None)
+    assert sweep.optima == {4: 1 / 4, 8: 1 / 8, 16: 1 / 16}
+    assert sweep.drift == 2
+    assert sweep.at_edge == ()
+    assert "moves by 2 steps" in str(sweep)
+
+
+def test_the_fitted_optimum_is_the_vertex_of_a_parabola_in_log_lr():
+    best = 2.0**-3.3
+
+    def run(lr):
+        return measure.Run(width=1, learning_rate=lr, seed=0, loss=(math.log2(lr / best)) ** 2, seconds=0)
+
+    sweep = LearningRateSweep(steps=1, runs=tuple(run(2.0**-k) for k in range(8)), environment=environment())
+    assert sweep.optima == {1: 2.0**-3}
+    assert sweep.fitted_optima == {1: pytest.approx(best)}
+
+
+def environment():
+    return measure.Environment.of(nn.Linear(1, 1))
+
+
+def test_a_run_that_diverges_has_an_infinite_loss_and_survives_json():
+    sweep = learning_rate_sweep(build_valley, [None], (4,), [1e30, 0.25], steps=20, loss=valley, progress=None)
+    assert sweep.losses(4)[1e30] == math.inf
+    assert sweep.optima == {4: 0.25}
+    again = LearningRateSweep.from_json(sweep.to_json())
+    assert again == sweep
+    assert json.loads(sweep.to_json())["runs"][0]["loss"] == "Infinity"
+
+
+def test_a_width_at_which_every_run_diverges_is_said():
+    sweep = learning_rate_sweep(build_valley, [None], (4,), [1e30], steps=20, loss=valley, progress=None)
+    assert sweep.optima == {}
+    assert "every run diverged: width 4" in str(sweep)
+
+
+def test_the_schedule_multiplies_every_groups_learning_rate():
+    seen = []
+
+    def build(width, lr):
+        model, optimizer = build_valley(width, lr)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+        return model, optimizer
+
+    learning_rate_sweep(build, [None], (4,), [0.5], steps=4, loss=valley, schedule=lambda step: 1 - step / 4, progress=None)
+    assert seen == [0.5, 0.375, 0.25, 0.125]
+
+
+def test_progress_is_told_of_every_run(capsys):
+    told = []
+    learning_rate_sweep(build_valley, [None], (4, 8), [0.5], steps=1, loss=valley, progress=lambda *call: told.append(call[1:]))
+    assert told == [(1, 2), (2, 2)]
+    learning_rate_sweep(build_valley, [None], (4,), [0.5], steps=1, loss=valley)
+    assert "[  1/1] width     4  lr    2^-1" in capsys.readouterr().err
+
+
+def test_runs_are_the_same_for_the_same_seed(data):
+    def build(width, lr):
+        model = mlp(width)
+        return model, torch.optim.Adam(model.parameters(), lr=lr)
+
+    first, second = (learning_rate_sweep(build, data, (8,), [0.01], steps=3, seeds=(0, 1), progress=None) for _ in range(2))
+    assert [run.loss for run in first.runs] == [run.loss for run in second.runs]
+    assert first.runs[0].loss != first.runs[1].loss
+    assert first.losses(8) == {0.01: pytest.approx(sum(run.loss for run in first.runs) / 2)}
+
+
+# records, figures, errors
+
+
+def test_json_brings_back_what_was_measured(mup_adam, data):
+    assert CoordinateCheck.from_json(mup_adam.to_json()) == mup_adam
+    found = assumptions(standard(torch.optim.SGD, 0.1), data, (8, 16), steps=(0,), seeds=(0,))
+    assert Assumptions.from_json(found.to_json()) == found
+    stated = json.loads(mup_adam.to_json())
+    assert stated["environment"]["torch"] == torch.__version__
+    assert stated["seeds"] == [0, 1]
+    assert stated["widths"] == list(WIDTHS)
+
+
+def test_the_table_shows_slopes_beside_predictions_and_the_verdict(default_adam, mup_adam):
+    lines = str(default_adam).splitlines()
+    assert lines[1].split() == ["predicted", "0", "or", "-1/2", "0", "0"]
+    row = next(line for line in lines if line.startswith("4 "))
+    assert row.split() == ["4", *(f"{default_adam.slopes['4'][step]:+.2f}" for step in (0, 1, 5)), "✗"]
+    assert "failed" in str(default_adam)
+    assert "passed" in str(mup_adam)
+    assert "✗" not in str(mup_adam)
+
+
+def test_assumptions_print_a_row_per_weight(data):
+    text = str(assumptions(standard(torch.optim.SGD, 0.1), data, (8, 16), steps=(0,), seeds=(0,)))
+    assert sum(line.strip().startswith("2.weight") for line in text.splitlines()) == 3
+    assert "‖G‖_*/‖G‖₂" in text
+
+
+def test_figures_are_written(tmp_path, default_adam, mup_adam):
+    from matplotlib.image import imread
+
+    sweep = learning_rate_sweep(build_valley, [None], (4, 8), [1.0, 0.5, 0.25, 1e30], steps=20, loss=valley, progress=None)
+    default_adam.plot(tmp_path / "check.png")
+    sweep.plot(tmp_path / "new" / "sweep.png")
+    plots.coordinates({"default": default_adam, "table 3": mup_adam}, tmp_path / "both.png")
+    plots.learning_rates({"a": sweep, "b": sweep, "c": sweep}, tmp_path / "three.png")
+    for name in ("check.png", "new/sweep.png", "both.png", "three.png"):
+        assert imread(tmp_path / name).std() > 0.05, name
+
+
+def test_without_matplotlib_plotting_says_what_to_install(monkeypatch, tmp_path, mup_adam):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra, match=r"plotting needs matplotlib, .*\n.*pip install 'spectral-mup\[plot\]'"):
+        mup_adam.plot(tmp_path / "check.png")
+
+
+def test_what_cannot_be_measured_is_said(data):
+    build = standard(torch.optim.SGD, 0.1)
+    with pytest.raises(CannotMeasure, match=r"widths=\[8\] has no two widths"):
+        coordinate_check(build, data, (8,))
+    with pytest.raises(CannotMeasure, match="batches is empty"):
+        coordinate_check(build, [], (8, 16))
+    with pytest.raises(CannotMeasure, match="steps asks for no update"):
+        coordinate_check(build, data, (8, 16), steps=(0,))
+    with pytest.raises(CannotMeasure, match="seeds is empty"):
+        assumptions(build, data, (8, 16), seeds=())
+    with pytest.raises(CannotMeasure, match=r"build\(8\) returned Sequential, not a pair"):
+        coordinate_check(mlp, data, (8, 16))
+    with pytest.raises(CannotMeasure, match="not a pair of tensors"):
+        coordinate_check(build, [data[0][0]], (8, 16))
+    with pytest.raises(CannotMeasure, match=r"not \(64, 10\) and torch.float32 \(64, 10\)"):
+        coordinate_check(build, [(data[0][0], torch.randn(64, 10))], (8, 16))
+    with pytest.raises(CannotMeasure, match="not all positive"):
+        learning_rate_sweep(build_valley, [None], (4,), [0.0], steps=1)
+    with pytest.raises(CannotMeasure, match="learning_rates is empty"):
+        learning_rate_sweep(build_valley, [None], (4,), [], steps=1)
+
+
+def test_a_model_on_another_device_is_measured_there(device, data):
+    def build(width):
+        model = mlp(width).to(device)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    check = coordinate_check(build, [tuple(part.to(device) for part in data[0])], (8, 16), seeds=(0,))
+    assert check.environment.device == (torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+
+
+def test_any_object_that_steps_is_an_optimizer(data):
+    def build(width):
+        model = mlp(width)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, SimpleNamespace(param_groups=inner.param_groups, zero_grad=inner.zero_grad, step=inner.step)
+
+    assert coordinate_check(build, data, (8, 16), steps=(1,), seeds=(0,)).series

@@ -1,0 +1,268 @@
+"""Every row of OPERATORS, held against the operator itself: change one entry of an input, see which entries of the output move."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scaling.capture import record
+from scaling.errors import ScalingError
+from scaling.graph import align
+from scaling.operators import OPERATORS, Operator, parse, register
+from scaling.uses import joined_axes
+
+R = torch.randn
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+EXAMPLES = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), (R(2, 3), R(4, 3), R(4))),
+    "matmul": (torch.matmul, (R(2, 5, 3), R(2, 3, 4))),
+    "mm": (torch.mm, (R(5, 3), R(3, 4))),
+    "bmm": (torch.bmm, (R(2, 5, 3), R(2, 3, 4))),
+    "mv": (torch.mv, (R(5, 3), R(3))),
+    "dot": (torch.dot, (R(3), R(3))),
+    "vdot": (torch.vdot, (R(3), R(3))),
+    "inner": (torch.inner, (R(3), R(3))),
+    "addmm": (torch.addmm, (R(4), R(2, 3), R(3, 4))),
+    "baddbmm": (torch.baddbmm, (R(2, 5, 4), R(2, 5, 3), R(2, 3, 4))),
+    "einsum": (lambda a, b: torch.einsum("bcd,edf->bef", a, b), (R(2, 5, 3), R(4, 3, 6))),
+    "outer": (torch.outer, (R(3), R(4))),
+    "ger": (torch.ger, (R(3), R(4))),
+    "bilinear": (F.bilinear, (R(2, 3), R(2, 4), R(5, 3, 4), R(5))),
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, groups=2), (R(2, 4, 9), R(6, 2, 3), R(6))),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, stride=2), (R(2, 3, 9, 8), R(4, 3, 3, 3), R(4))),
+    "conv3d": (F.conv3d, (R(1, 2, 5, 5, 5), R(3, 2, 3, 3, 3), R(3))),
+    "conv_transpose1d": (F.conv_transpose1d, (R(2, 3, 5), R(3, 4, 3), R(4))),
+    "conv_transpose2d": (lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2), (R(2, 4, 5, 5), R(4, 3, 2, 2), R(6))),
+    "conv_transpose3d": (F.conv_transpose3d, (R(1, 2, 3, 3, 3), R(2, 3, 2, 2, 2), R(3))),
+    "scaled_dot_product_attention": (F.scaled_dot_product_attention, (R(2, 3, 5, 4), R(2, 3, 7, 4), R(2, 3, 7, 6))),
+    "embedding": (lambda w: F.embedding(torch.tensor([[0, 3], [1, 1]]), w), (R(5, 3),)),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (3,), w, b), (R(2, 3), R(3), R(3))),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (3,), w), (R(2, 3), R(3))),
+    "batch_norm": (lambda x, w, b, m, v: F.batch_norm(x, m, v * v, w, b), (R(2, 3, 4), R(3), R(3), R(3), R(3))),
+    "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), (R(2, 3, 4), R(3), R(3))),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), (R(2, 4, 5), R(4), R(4))),
+    "prelu": (F.prelu, (R(2, 3, 4), R(3))),
+    "add": (torch.add, (R(2, 3), R(3))),
+    "sub": (torch.sub, (R(2, 3), R(3))),
+    "rsub": (torch.rsub, (R(2, 3), R(3))),
+    "mul": (torch.mul, (R(2, 1, 3), R(4, 1))),
+    "div": (torch.div, (R(2, 3), R(3))),
+    "multiply": (torch.multiply, (R(2, 3), R(3))),
+    "divide": (torch.divide, (R(2, 3), R(3))),
+    "true_divide": (torch.true_divide, (R(2, 3), R(3))),
+    "neg": (torch.neg, (R(2, 3),)),
+    "softmax": (lambda x: x.softmax(-1), (R(2, 3),)),
+    "_softmax": (lambda x: torch._softmax(x, -1, False), (R(2, 3),)),
+    "log_softmax": (lambda x: x.log_softmax(-1), (R(2, 3),)),
+    "where": (lambda x, y: torch.where(torch.tensor([True, False, True]), x, y), (R(2, 3), R(3))),
+    "masked_fill": (lambda x: x.masked_fill(torch.tensor([True, False, False]), 0.0), (R(2, 3),)),
+    "hardtanh": (F.hardtanh, (R(2, 3),)),
+    "relu6": (torch.ops.aten.relu6, (R(2, 3),)),
+    "softplus": (F.softplus, (R(2, 3),)),
+    "gelu": (F.gelu, (R(2, 3),)),
+    "silu": (F.silu, (R(2, 3),)),
+    "mish": (F.mish, (R(2, 3),)),
+    "dropout": (lambda x: F.dropout(x, 0.0, training=False), (R(2, 3),)),
+    "view": (lambda x: x.view(2, 2, 3, 5), (R(2, 6, 5),)),
+    "reshape": (lambda x: x.reshape(4, 3, 5), (R(2, 6, 5),)),
+    "flatten": (lambda x: x.flatten(1), (R(2, 6, 5),)),
+    "unflatten": (lambda x: x.unflatten(1, (2, 3)), (R(2, 6, 5),)),
+    "ravel": (torch.ravel, (R(2, 3),)),
+    "view_as": (lambda x, y: x.view_as(y), (R(6, 4), R(2, 3, 4))),
+    "reshape_as": (lambda x, y: x.reshape_as(y), (R(6, 4), R(2, 3, 4))),
+    "_unsafe_view": (lambda x: torch.ops.aten._unsafe_view(x, [2, 12]), (R(2, 3, 4),)),
+    "_reshape_alias": (lambda x: torch.ops.aten._reshape_alias(x, [2, 12], [12, 1]), (R(2, 3, 4),)),
+    "permute": (lambda x: x.permute(2, 0, 1), (R(2, 3, 4),)),
+    "transpose": (lambda x: x.transpose(0, 2), (R(2, 3, 4),)),
+    "t": (torch.t, (R(2, 3),)),
+    "mT": (lambda x: x.mT, (R(2, 3, 4),)),
+    "numpy_T": (lambda x: torch.ops.aten.numpy_T(x), (R(2, 3),)),
+    "swapaxes": (lambda x: x.swapaxes(0, 1), (R(2, 3),)),
+    "swapdims": (lambda x: x.swapdims(0, 1), (R(2, 3),)),
+    "adjoint": (torch.adjoint, (R(2, 3, 4),)),
+    "matrix_H": (lambda x: x.H, (R(2, 3),)),
+    "movedim": (lambda x: x.movedim(0, 2), (R(2, 3, 4),)),
+    "moveaxis": (lambda x: x.moveaxis((0, 1), (2, 0)), (R(2, 3, 4),)),
+    "unsqueeze": (lambda x: x.unsqueeze(1), (R(2, 3),)),
+    "squeeze": (lambda x: x.squeeze(1), (R(2, 1, 3),)),
+    "expand": (lambda x: x.expand(5, 2, 4, 3), (R(2, 1, 3),)),
+    "expand_as": (lambda x, y: x.expand_as(y), (R(2, 1), R(2, 3))),
+    "broadcast_to": (lambda x: x.broadcast_to(4, 3), (R(1, 3),)),
+    "repeat": (lambda x: x.repeat(2, 3), (R(2, 3),)),
+    "tile": (lambda x: x.tile(2, 2), (R(2, 3),)),
+    "repeat_interleave": (lambda x: x.repeat_interleave(2, dim=1), (R(2, 3),)),
+    "cat": (lambda x, y: torch.cat([x, y], 1), (R(2, 3), R(2, 4))),
+    "concat": (lambda x, y: torch.concat([x, y], 1), (R(2, 3), R(2, 4))),
+    "concatenate": (lambda x, y: torch.concatenate([x, y], 1), (R(2, 3), R(2, 4))),
+    "stack": (lambda x, y: torch.stack([x, y], 1), (R(2, 3), R(2, 3))),
+    "select": (lambda x: x.select(1, 2), (R(2, 3, 4),)),
+    "slice": (lambda x: x[:, 1:3], (R(2, 4),)),
+    "narrow": (lambda x: x.narrow(1, 1, 2), (R(2, 4),)),
+    "split": (lambda x: x.split(2, 1), (R(2, 5),)),
+    "split_with_sizes": (lambda x: x.split([2, 3], 1), (R(2, 5),)),
+    "chunk": (lambda x: x.chunk(2, 1), (R(2, 6),)),
+    "tensor_split": (lambda x: x.tensor_split(2, 1), (R(2, 6),)),
+    "unsafe_chunk": (lambda x: x.unsafe_chunk(2, 1), (R(2, 6),)),
+    "unsafe_split": (lambda x: x.unsafe_split(2, 1), (R(2, 6),)),
+    "unbind": (lambda x: x.unbind(1), (R(2, 3),)),
+    "flip": (lambda x: x.flip(0), (R(3, 3),)),
+    "roll": (lambda x: x.roll(1, 0), (R(3, 3),)),
+    "cumsum": (lambda x: x.cumsum(0), (R(3, 3),)),
+    "cumprod": (lambda x: x.cumprod(0), (R(3, 3),)),
+    "tril": (torch.tril, (R(3, 3),)),
+    "triu": (torch.triu, (R(3, 3),)),
+    "nan_to_num": (torch.nan_to_num, (R(3, 3),)),
+    "rot90": (lambda x: torch.rot90(x, 2), (R(3, 4),)),
+    "fill": (lambda x: torch.fill(x, 1.0), (R(3, 3),)),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), (R(2, 12, 3, 5),)),
+    "index": (lambda x: x[:, torch.tensor([0, 2])], (R(2, 3, 4),)),
+    "index_select": (lambda x: x.index_select(1, torch.tensor([0, 2])), (R(2, 3),)),
+    "copy": (lambda x, y: torch.ops.aten.copy(x, y), (R(2, 3), R(2, 3))),
+    "index_put": (lambda x, y: x.index_put((torch.tensor([0]),), y), (R(2, 3), R(3))),
+    "index_add": (lambda x, y: x.index_add(0, torch.tensor([0]), y), (R(2, 3), R(1, 3))),
+    "index_copy": (lambda x, y: x.index_copy(0, torch.tensor([0]), y), (R(2, 3), R(1, 3))),
+    "slice_scatter": (lambda x, y: torch.slice_scatter(x, y, 0, 0, 1), (R(2, 3), R(1, 3))),
+    "select_scatter": (lambda x, y: torch.select_scatter(x, y, 0, 0), (R(2, 3), R(3))),
+    "masked_scatter": (lambda x, y: x.masked_scatter(torch.ones(2, 3, dtype=torch.bool), y), (R(2, 3), R(2, 3))),
+    "sum": (lambda x: x.sum(1), (R(2, 3, 4),)),
+    "mean": (lambda x: x.mean(-1, keepdim=True), (R(2, 3, 4),)),
+    "amax": (lambda x: x.amax(1), (R(2, 3),)),
+    "amin": (lambda x: x.amin(1), (R(2, 3),)),
+    "max": (lambda x: x.max(1).values, (R(2, 3),)),
+    "min": (lambda x: x.min(1).values, (R(2, 3),)),
+    "median": (lambda x: x.median(1).values, (R(2, 3),)),
+    "var": (lambda x: x.var(1), (R(2, 3),)),
+    "std": (lambda x: x.std(1), (R(2, 3),)),
+    "norm": (lambda x: torch.ops.aten.norm(x, 2, [1]), (R(2, 3),)),
+    "linalg_vector_norm": (lambda x: torch.linalg.vector_norm(x, dim=1), (R(2, 3),)),
+    "logsumexp": (lambda x: x.logsumexp(1), (R(2, 3),)),
+    "prod": (lambda x: x.prod(1), (R(2, 3),)),
+    "var_mean": (lambda x: torch.var_mean(x, 1), (R(2, 3),)),
+    "std_mean": (lambda x: torch.std_mean(x, 1), (R(2, 3),)),
+    "max_pool1d": (lambda x: F.max_pool1d(x, 2), (R(2, 3, 6),)),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 2), (R(2, 3, 6, 6),)),
+    "max_pool3d": (lambda x: F.max_pool3d(x, 2), (R(2, 3, 4, 4, 4),)),
+    "max_pool2d_with_indices": (lambda x: torch.ops.aten.max_pool2d_with_indices(x, [2, 2])[0], (R(2, 3, 6, 6),)),
+    "avg_pool1d": (lambda x: F.avg_pool1d(x, 2), (R(2, 3, 6),)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), (R(2, 3, 6, 6),)),
+    "avg_pool3d": (lambda x: F.avg_pool3d(x, 2), (R(2, 3, 4, 4, 4),)),
+    "adaptive_avg_pool1d": (lambda x: F.adaptive_avg_pool1d(x, 2), (R(2, 3, 6),)),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 2), (R(2, 3, 6, 6),)),
+    "_adaptive_avg_pool2d": (lambda x: torch._adaptive_avg_pool2d(x, [2, 2]), (R(2, 3, 6, 6),)),
+    "adaptive_avg_pool3d": (lambda x: F.adaptive_avg_pool3d(x, 2), (R(2, 3, 4, 4, 4),)),
+    "adaptive_max_pool1d": (lambda x: F.adaptive_max_pool1d(x, 2), (R(2, 3, 6),)),
+    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 2), (R(2, 3, 6, 6),)),
+    "upsample_nearest1d": (lambda x: F.interpolate(x, scale_factor=2), (R(2, 3, 4),)),
+    "upsample_nearest2d": (lambda x: F.interpolate(x, scale_factor=2), (R(2, 3, 4, 4),)),
+    "upsample_nearest3d": (lambda x: F.interpolate(x, scale_factor=2), (R(1, 2, 3, 3, 3),)),
+    "upsample_bilinear2d": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), (R(2, 3, 4, 4),)),
+    "upsample_bicubic2d": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), (R(2, 3, 4, 4),)),
+    "upsample_linear1d": (lambda x: F.interpolate(x, scale_factor=2, mode="linear"), (R(2, 3, 4),)),
+    "upsample_trilinear3d": (lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), (R(1, 2, 3, 3, 3),)),
+    "pad": (lambda x: F.pad(x, (1, 1)), (R(2, 3),)),
+    "constant_pad_nd": (lambda x: torch.constant_pad_nd(x, (1, 1)), (R(2, 3),)),
+    "reflection_pad1d": (lambda x: torch.ops.aten.reflection_pad1d(x, [1, 1]), (R(2, 3, 4),)),
+    "reflection_pad2d": (lambda x: torch.ops.aten.reflection_pad2d(x, [1, 1, 1, 1]), (R(2, 3, 4, 4),)),
+    "replication_pad1d": (lambda x: torch.ops.aten.replication_pad1d(x, [1, 1]), (R(2, 3, 4),)),
+    "replication_pad2d": (lambda x: torch.ops.aten.replication_pad2d(x, [1, 1, 1, 1]), (R(2, 3, 4, 4),)),
+    "glu": (lambda x: F.glu(x, 1), (R(2, 6),)),
+}
+NO_VALUES = {
+    "getitem": "every operator with several outputs is an example of it",
+    "aten.to": "hands its input on: no node",
+    "aten.clone": "hands its input on: no node",
+    "aten.contiguous": "hands its input on: no node",
+    "aten.detach": "hands its input on: no node",
+    "aten.alias": "hands its input on: no node",
+    "aten.type_as": "hands its input on: no node",
+    "aten.dropout": "hands its input on in eval mode: no node",
+    "aten.any": "bools are not recorded",
+    "aten.all": "bools are not recorded",
+    "aten.argmax": "ints are not recorded",
+    "aten.zero": "no value of the input is left",
+}
+
+
+def coordinates(axes, dim, at):
+    """The index on every class that entry `at` of an axis has."""
+    out = {}
+    for atom in reversed(axes.resolve(dim)):
+        at, inner = divmod(at, atom.size[0])
+        if not atom.segments:
+            out[atom] = inner
+        for segment in atom.segments:
+            if segment.start[0] <= inner < segment.stop[0]:
+                out |= coordinates(axes, segment.dim, inner - segment.start[0])
+    return out
+
+
+def places(axes, dims, index):
+    return {key: value for dim, at in zip(dims, index, strict=True) for key, value in coordinates(axes, dim, at).items()}
+
+
+def outputs_of(function, inputs):
+    with torch.no_grad():
+        result = function(*(x.clone() for x in inputs))
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(name):
+    function, inputs = EXAMPLES[name]
+    graph = align([record(Calls(function), inputs, {})], ["once"])
+    axes, without = joined_axes(graph)
+    assert any(call.name == f"aten.{name}" for call in graph.calls.values()) or f"aten.{name}" in NO_VALUES, [
+        c.name for c in graph.calls.values()
+    ]
+    assert not without
+    placeholders = [node for node in graph.calls if node.op == "placeholder"]
+    before = outputs_of(function, inputs)
+    shared = False
+    for node, tensor, k in zip(placeholders, inputs, itertools.count()):
+        for index in itertools.product(*map(range, tensor.shape)):
+            changed = [x.clone() for x in inputs]
+            changed[k][index] += 1.0
+            here = places(axes, axes.dims[node], index)
+            for value, after, old in zip(graph.outputs, outputs_of(function, changed), before, strict=True):
+                for moved in (after != old).nonzero().tolist():
+                    there = places(axes, axes.dims[value], moved)
+                    common = here.keys() & there.keys()
+                    shared |= bool(common)
+                    if name in PERMUTED:
+                        continue
+                    assert all(here[atom] == there[atom] for atom in common), (index, moved)
+    assert shared or not before[0].dim() or name in UNSHARED
+
+
+PERMUTED = {"flip", "roll", "rot90", "cumsum", "cumprod", "softmax", "_softmax", "log_softmax", "layer_norm", "rms_norm", "instance_norm",
+            "group_norm", "index_put", "index_add", "index_copy", "slice_scatter", "select_scatter", "reflection_pad1d"}  # fmt: skip
+"""These keep an axis but mix or move its indices: the same dimension, other entries."""
+UNSHARED = {"fill"}
+"""No value of the input is left."""
+
+
+def test_every_operator_of_the_table_has_an_example():
+    assert set(OPERATORS) == {f"aten.{name}" for name in EXAMPLES} | set(NO_VALUES)
+
+
+def test_an_operator_can_be_registered_once_and_only_with_a_signature():
+    with pytest.raises(ScalingError, match="has a rule already"):
+        register("aten.linear", "... i, o i -> ... o")
+    with pytest.raises(ScalingError, match="a signature has one '->'"):
+        register("mylib.scan", "b t c")
+    with pytest.raises(ScalingError, match="not an axis"):
+        parse("b t*c -> b")
+    register("mylib.scan", "b t c, c -> b t c")
+    assert isinstance(OPERATORS.pop("mylib.scan"), Operator)
