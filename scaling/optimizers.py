@@ -37,12 +37,14 @@ def _gain(use: Map) -> sympy.Expr:
 
 
 def spectral_norm(use: Map) -> sympy.Expr:
-    """‖W‖₂ and ‖ΔW‖₂ as the spectral condition wants them: (s_y/(s_x·m))·√(fan_out/fan_in) (Yang et al. 2023, arXiv 2310.17813, Condition 1)."""
+    """‖W‖₂ and ‖ΔW‖₂ as wanted: (s_y/(s_x·m))·√(fan_out/fan_in) (Yang et al. 2023, arXiv 2310.17813, Condition 1)."""
     return _gain(use) * sympy.sqrt(use.fan_out / use.fan_in)
 
 
 def init_std(use: Map) -> sympy.Expr:
-    """σ of Gaussian entries: √(1/fan_in · min(1, fan_out/fan_in)), from ‖W‖₂ ≈ σ(√fan_in + √fan_out) (Su 2025; Yang et al. 2023, arXiv 2310.17813, §4).
+    """σ of Gaussian entries: √(1/fan_in · min(1, fan_out/fan_in)), from ‖W‖₂ ≈ σ(√fan_in + √fan_out).
+
+    Su 2025; Yang et al. 2023, arXiv 2310.17813, §4.
 
     With fan_in = 1 the minimum is 1: fan_out is a count.
     """
@@ -51,12 +53,12 @@ def init_std(use: Map) -> sympy.Expr:
 
 
 def sgd(use: Map) -> sympy.Expr:
-    """U = G: ‖U‖₂ ≍ √(fan_in/fan_out). Of `copies` separate maps each sees 1/copies of the gradient (Yang et al. 2022, arXiv 2203.03466, table 3)."""
+    """U = G: ‖U‖₂ ≍ √(fan_in/fan_out), and each of `copies` maps sees its share (Yang et al. 2022, arXiv 2203.03466, table 3)."""
     return _gain(use) ** 2 * use.copies * use.fan_out / use.fan_in
 
 
 def adam(use: Map) -> sympy.Expr:
-    """U sign-like with entries ±1 and low rank: ‖U‖₂ ≍ √(fan_in·fan_out) (Yang et al. 2022, arXiv 2203.03466, table 3)."""
+    """U sign-like and of low rank: ‖U‖₂ ≍ √(fan_in·fan_out) (Yang et al. 2022, arXiv 2203.03466, table 3)."""
     return _gain(use) / use.fan_in
 
 
@@ -69,11 +71,14 @@ LEARNING_RATES: dict[str, Callable[[Map], sympy.Expr]] = {"sgd": sgd, "adam": ad
 """Family -> factor on the nominal learning rate. "adam" covers every sign-like update, "muon" every update of unit spectral norm."""
 
 DEGREES: dict[str, int] = {"sgd": 1, "adam": 0, "muon": 0}
-"""Homogeneous degree p of the update in the gradient: the abc shift by θ divides the learning rate by θ^(1+p) (Yang et al. 2022, arXiv 2203.03466, lemma J.1)."""
+"""Degree p of the update in the gradient: the abc shift by θ divides the learning rate by θ^(1+p).
+
+Yang et al. 2022, arXiv 2203.03466, lemma J.1.
+"""
 
 
 def epsilon(use: Map) -> sympy.Expr:
-    """Adam's ε must follow the size of a gradient entry, m·s_x/(s_y·copies·fan_out) (Yang & Littwin 2023, arXiv 2308.01814, lemma 2.8.11)."""
+    """ε follows the size of a gradient entry, m·s_x/(s_y·copies·fan_out) (Yang & Littwin 2023, arXiv 2308.01814, lemma 2.8.11)."""
     return 1 / (_gain(use) * use.copies * use.fan_out)
 
 
