@@ -153,6 +153,8 @@ def _ratio(lr: float | Tensor, rest_lr: float | None) -> float:
         return 1.0
     if not 0 < float(lr) < float("inf"):
         raise BadOption("lr", lr, "a finite number above 0 when rest_lr is given, which is applied as a ratio to it")
+    if not 0 <= rest_lr < float("inf"):
+        raise BadOption("rest_lr", rest_lr, "a finite number of at least 0")
     return rest_lr / float(lr)
 
 

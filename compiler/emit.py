@@ -15,13 +15,16 @@ from scaling.records import Block, ScalingTable, WeightRule
 
 __all__ = ["emit"]
 
+USAGE = {"sgd": "torch.optim.SGD", "adam": "torch.optim.AdamW", "sign": "YourSignOptimizer"}
+"""Optimizer name -> the class that the emitted file shows its groups with."""
+
 Slices = tuple[slice, ...] | None
 
 HEAD = '''"""Width scaling of {model}, derived at width {size} and written by spectral-mup. Needs torch only.
 
     init_(model, d)                        # a new model of width d, in place, before training; draws matrices and embeddings
     multiply_(model, d)                    # the forward multipliers, once per model
-    torch.optim.{torch_class}(param_groups(model, d, lr=...))
+    {usage}(param_groups(model, d, lr=...))
 
 With base=256 in param_groups every factor is over its value at width 256: lr is then the one tuned there.
 """
@@ -125,8 +128,7 @@ def emit(table: ScalingTable, path: str | os.PathLike[str], optimizer: str = "ad
     rules: dict[str, list[str]] = {}
     for rule in table:
         rules.setdefault(_fields(rule, OPTIMIZERS[optimizer].family), []).append(rule.name)
-    torch_class = {"sgd": "SGD", "adam": "AdamW"}.get(optimizer, "SGD")
-    text = HEAD.format(model=table.model or "a model", size=table.size, torch_class=torch_class)
+    text = HEAD.format(model=table.model or "a model", size=table.size, usage=USAGE[optimizer])
     text += "RULES = [\n" + "".join(_entry(names, fields) for fields, names in rules.items()) + "]\n\n"
     text += "MULTIPLIERS = [\n" + "".join(f"    {line},\n" for line in _multipliers(table)) + "]\n" + BODY
     out = Path(path)

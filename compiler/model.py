@@ -124,10 +124,9 @@ class _Part:
         B, sizes = block_view(like.detach(), axes_of(self.block, Factors(factors.base or 0).value))
         if _constant(B):
             raise BadOption("base", self.name, "a base model whose weight of this name is drawn at random, as the model's own is")
-        std = _rms(B) * factors.at(self.block.init_std)
-        norm = float(spectral_norm(matrices(_working(B), sizes)).mean()) * factors.at(self.block.spectral_norm)
-        X = _working(self.W) * (std / _rms(self.W))
-        return partial(self.write, X.reshape(self.sizes), norm)
+        size = _rms(B) * factors.at(self.block.init_std) / _rms(self.W)
+        norm = float(spectral_norm(matrices(_working(B), sizes)).mean()) if self.law is not LAWS["gaussian"] else 1.0
+        return lambda: self.write(matrices(_working(self.W) * size, self.sizes), norm * factors.at(self.block.spectral_norm))
 
     def times_target(self) -> None:
         if self.target != 1:
@@ -211,14 +210,17 @@ def plan_multipliers(model: nn.Module, table: ScalingTable, factors: Factors) ->
     """The multipliers to install, as actions yet to be taken; none if the very same are there already.
 
     Raises:
-        NotExpressible: if one has to go into the user's code. AlreadyCompiled: if others are there already.
+        NotExpressible: if one has to go into the user's code.
+        AlreadyCompiled: if others are there already.
+        MixedBlocks: if the blocks of one weight want different ones.
     """
     needed: dict[str, tuple[float, bool]] = {}
     for rule in table:
+        scaled = any(use.multiplier != 1 for use in rule.uses)
         for use in rule.uses:
-            factor = factors.at(use.multiplier)
+            factor = factors.at(use.multiplier if scaled else rule.multiplier)
             if factor != 1:
-                _require_own_module(model, rule, use, factor, factors)
+                _require_own_module(model, rule, use, factor)
                 needed[use.source.module] = factor, use.lookup
     found = _marks(model).get("multipliers")
     if found is not None and found != needed:
@@ -229,7 +231,7 @@ def plan_multipliers(model: nn.Module, table: ScalingTable, factors: Factors) ->
     return [*install, partial(_mark, model, multipliers=needed)]
 
 
-def _require_own_module(model: nn.Module, rule: WeightRule, use: Use, factor: float, factors: Factors) -> None:
+def _require_own_module(model: nn.Module, rule: WeightRule, use: Use, factor: float) -> None:
     """A hook can stand for the factor only if the module does nothing but apply this weight, linearly, once."""
     modules = dict(model.named_modules())
     module = modules.get(use.source.module)
@@ -238,11 +240,11 @@ def _require_own_module(model: nn.Module, rule: WeightRule, use: Use, factor: fl
     weight = next(weights[name] for name in rule.names if name in weights)
     alone = module is not None and not any(True for _ in module.children()) and any(p is weight for p in own.values())
     alone = alone and all(p is weight or p.ndim < 2 for p in own.values()) and (use.lookup or use.fan_in != 1)
-    others = [other for other in rule.uses if other.source.module == use.source.module and factors.at(other.multiplier) != factor]
+    others = [other for other in rule.uses if other.source.module == use.source.module and other.multiplier != use.multiplier]
     if not alone or others:
         raise NotExpressible(
             rule.name,
-            f"needs the forward multiplier {use.multiplier} (here {factor:g}) at a use that is not a module of its own",
+            f"needs the forward multiplier {rule.multiplier} (here {factor:g}) at a use that is not a module of its own",
             f"multiply by hand there, and compile a table without it\n  at {use.source}",
         )
 

@@ -91,7 +91,7 @@ def power_of_two(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def ldexp(X: Tensor, exponent: Tensor) -> Tensor:
     """X·2^e, also where 2^e itself is out of range."""
     half = exponent // 2
-    return X.ldexp(half).ldexp(exponent - half)
+    return X.ldexp(half.to(X.dtype)).ldexp((exponent - half).to(X.dtype))
 
 
 def iterate(A: Tensor, schedule: Schedule) -> Tensor:

@@ -186,12 +186,12 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
     axes_of_weights = [piece for _, dims in weights.values() for dim in dims for piece in _pieces(axes, dim)]
     singles = [dim for dim in axes_of_weights if len(dim) == 1]
     products = sorted((dim for dim in axes_of_weights if len(dim) > 1), key=lambda dim: not _has(axes, dim, "dot"))
-    for dim in singles:
-        for atom in axes.leaves(dim):
-            if atom not in decided:
-                decided[atom] = _single(atom, atom in hub_leaves and len(hub) == 1, size)
+    if len(hub) == 1:
+        decided |= {atom: (True, "the axis that most matrices use") for atom in hub_leaves if atom not in decided}
     for dim in products:
         _choose_factor(axes, dim, decided, hub_leaves, size, heads)
+    for dim in singles:
+        decided |= {atom: _single(atom, size) for atom in axes.leaves(dim) if atom not in decided}
     return {
         atom: (_proportional(atom.size[0], size) if grows else sympy.Integer(atom.size[0]), reason)
         for atom, (grows, reason) in decided.items()
@@ -210,9 +210,7 @@ def _has(axes: Axes, dim: Dim, fact: str) -> bool:
     return any(fact in atom.facts for atom in axes.leaves(dim))
 
 
-def _single(atom: Atom, is_hub: bool, hub: int) -> tuple[bool, str]:
-    if is_hub:
-        return True, "the axis that most matrices use"
+def _single(atom: Atom, hub: int) -> tuple[bool, str]:
     for fact, reason in ANCHORS.items():
         if fact in atom.facts:
             return False, reason

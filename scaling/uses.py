@@ -145,7 +145,7 @@ def _mark(axes: Axes, call: Call, operand: fx.Node, bound: tuple | None) -> None
         for axis in binding.axes:
             for label, dim in axis:
                 if label.name not in output and not label.looked_up:
-                    sums = sums or label.name in elsewhere
+                    sums = sums or (label.name in elsewhere and axes.resolve(dim) != ())
                     if label.name not in elsewhere:
                         axes.mark(dim, "kernel")
     for dim, part in _labelled(call, operand, axes, bound):

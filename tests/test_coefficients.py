@@ -1,5 +1,7 @@
 """The iteration's coefficients are what the generator makes, and do what they say."""
 
+from itertools import pairwise
+
 import mpmath
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_a_remez_polynomial_equioscillates(degree, lower):
         residual = [mpmath.polyval([*(c for c in polynomial[::-1])], x * x) * x - 1 for x in grid]
         assert max(map(abs, residual)) <= error * (1 + mpmath.mpf(10) ** -12)
         signs = [r > 0 for r in residual if abs(r) > error * (1 - mpmath.mpf("1e-2"))]
-    changes = sum(a != b for a, b in zip(signs, signs[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(signs))
     assert changes == (degree + 1) // 2  # (degree + 3)/2 extrema of alternating sign: Chebyshev's theorem
 
 

@@ -1,0 +1,149 @@
+"""Every error a user can cause in `derive`: what it says, where, and what to type next."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MLP
+from torch import nn
+
+from scaling import derive
+from scaling.errors import (
+    CannotMakeInputs,
+    CaptureFailed,
+    ConflictingUses,
+    GraphsDiffer,
+    MixedBlocks,
+    NoSuchAxis,
+    ScalingError,
+    TooManyGrowingAxes,
+    UnknownName,
+    UnsupportedOperator,
+)
+
+
+def test_inputs_that_cannot_be_made_up():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            return self.lin(batch["x"])
+
+    with pytest.raises(CannotMakeInputs, match=r"no inputs could be made up for Odd.forward\(batch\)(.|\n)*pass them as to torch.export"):
+        derive(Odd())
+    assert derive(Odd(), ({"x": torch.zeros(2, 4)},)).coverage.unreached == ()
+
+
+def test_a_forward_that_raises_is_shown_with_its_line():
+    with pytest.raises(
+        CaptureFailed, match=r"MLP could not be recorded: RuntimeError(.|\n)*models.py:\d+: x = torch.tanh\(self.first\(x\)\)"
+    ):
+        derive(MLP(64), (torch.zeros(2, 3),))
+
+
+def test_an_operator_without_a_rule_that_consumes_a_weight():
+    class Distances(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.codes = nn.Linear(8, 32), nn.Parameter(torch.randn(20, 32))
+
+        def forward(self, x):
+            return torch.cdist(self.inp(x), self.codes)
+
+    with pytest.raises(
+        UnsupportedOperator,
+        match=r"no rule for aten.cdist, which uses weight 'codes'(.|\n)*test_errors.py:\d+: return torch.cdist(.|\n)*operators.register",
+    ):
+        derive(Distances())
+
+
+def test_conflicting_uses_name_both_lines():
+    """THEORY P18."""
+
+    class Twice(nn.Module):
+        def __init__(self, d=64):
+            super().__init__()
+            self.inp, self.w, self.out = nn.Linear(8, d), nn.Parameter(torch.randn(d, d)), nn.Linear(d, 5)
+
+        def forward(self, x):
+            h = F.linear(self.inp(x), self.w)
+            return self.out((h[:, :, None] * self.w).sum(-1))
+
+    with pytest.raises(
+        ConflictingUses, match=r"weight 'w' is used more than once(.|\n)*F.linear\(self.inp\(x\), self.w\)(.|\n)*h\[:, :, None\] \* self.w"
+    ):
+        derive(Twice())
+
+
+def test_three_growing_axes():
+    """THEORY P19."""
+
+    class Bilinear(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.inp, self.mix, self.out = nn.Linear(8, d), nn.Bilinear(d, d, d), nn.Linear(d, 5)
+
+        def forward(self, x):
+            h = self.inp(x)
+            return self.out(self.mix(h, h))
+
+    with pytest.raises(TooManyGrowingAxes, match=r"weight 'mix.weight' \[d, d, d\] has more than two growing axes"):
+        derive(Bilinear, widths=(32, 64))
+
+
+def test_widths_that_run_different_operators():
+    def build(d):
+        return nn.Sequential(nn.Linear(8, d), nn.ReLU() if d < 64 else nn.Tanh(), nn.Linear(d, 4))
+
+    with pytest.raises(GraphsDiffer, match=r"d=32 and d=64 do not run the same operators(.|\n)*d=32: aten.relu(.|\n)*d=64: aten.tanh"):
+        derive(build, widths=(32, 64))
+
+
+def test_overrides_that_match_nothing():
+    with pytest.raises(NoSuchAxis, match=r"fixed=\{'nope.\*': ...\} matches no weight; there are first.weight"):
+        derive(MLP(64), fixed={"nope.*": 0})
+    with pytest.raises(NoSuchAxis, match=r"grows=\{'head.bias': ...\} has no axis 1: the weights it matches have 1 axes"):
+        derive(MLP(64), grows={"head.bias": 1})
+
+
+def test_names_that_are_in_no_table():
+    table = derive(MLP(64))
+    with pytest.raises(UnknownName, match=r"unknown weight 'heads.weight'; known: first.weight"):
+        table["heads.weight"]
+    with pytest.raises(UnknownName, match=r"unknown quantity 'lr'; known: init_std"):
+        table["head.weight"].exponent("lr")
+    with pytest.raises(UnknownName, match=r"unknown heads 'shrink'; known: grow, fixed"):
+        derive(MLP(64), heads="shrink")
+
+
+def test_a_factory_without_widths_and_widths_without_a_factory():
+    with pytest.raises(ScalingError, match="needs at least two widths"):
+        derive(MLP, widths=(64,))
+    with pytest.raises(ScalingError, match="widths= needs a function that builds the model"):
+        derive(MLP(64), widths=(64, 128))
+
+
+def test_a_quantity_in_which_blocks_differ_is_asked_of_a_block():
+    class Mixed(nn.Module):
+        def __init__(self, d=64):
+            super().__init__()
+            self.inp, self.mix = nn.Linear(8, d), nn.Linear(d + 16, d)
+
+        def forward(self, x, c):
+            return self.mix(torch.cat([self.inp(x), c], -1))
+
+    rule = derive(Mixed(), (torch.zeros(2, 8), torch.zeros(2, 16)))["mix.weight"]
+    with pytest.raises(MixedBlocks, match=r"the blocks of 'mix.weight' differ in fan_in: d, 16(.|\n)*blocks\[0\].fan_in"):
+        _ = rule.fan_in
+    with pytest.raises(MixedBlocks, match="differ in adam: -1, 0"):
+        rule.exponent("adam")
+    assert rule.exponent("copies") == 0
+
+
+def test_weights_that_nothing_uses_are_named():
+    model = MLP(64)
+    model.spare = nn.Linear(64, 64)
+    table = derive(model)
+    assert table.coverage.unreached == ("spare.weight", "spare.bias")
+    assert "spare.weight" in str(table)
