@@ -16,7 +16,7 @@ from scaling.records import ScalingTable
 __all__ = ["BASE", "Build", "TwoOptimizers", "default", "derived", "gpt_table", "warmup_then_decay"]
 
 BASE = 32
-"""The width at which the derived arm is the user's own model with its own initial weights; for Adam both arms are one and the same there."""
+"""The width at which the derived arm keeps the initial weights of the user's model; with Adam both arms are the same run there."""
 
 Build = Callable[[int, float], tuple[nn.Module, Any]]
 

@@ -1,19 +1,22 @@
 """Does the best learning rate stay where it is as the model grows? Loss against learning rate over an 8x range of widths.
 
-The GPT of gpt.py on Python's own source, Adam and Muon, torch's default parametrization and the derived one. Runs are written to
-the JSON as they finish, and a restart goes on with what is missing; the figure is drawn from the JSON alone.
+The GPT of gpt.py on Python's own source, with Adam and with Muon, by torch's defaults and by the derived table (arms.py). Every finished
+run is written to the JSON at once, a restart goes on with what is missing, and the figure is drawn from the JSON alone.
 
-    python examples/lr_transfer.py              # about 40 minutes on 2 cores
+    python examples/lr_transfer.py              # prints how long it will take
     python examples/lr_transfer.py --plot-only  # redraws the figure
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import subprocess
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from itertools import product
@@ -27,24 +30,18 @@ from scaling import plots
 from scaling.measure import Environment, LearningRateSweep, Run, learning_rate_sweep
 from scaling.records import Record
 
-RESULTS = Path(__file__).parent / "results"
+ARMS = ("Adam, default", "Adam, derived", "Muon, default", "Muon, derived")
 WIDTHS = (32, 64, 128, 256)
+LOG2_RATES = range(-10, -2)
 SEEDS = (0, 1)
 STEPS = 300
-LOG2_RATES = {
-    ("default", "adam"): range(-11, -3),
-    ("derived", "adam"): range(-9, -1),
-    ("default", "muon"): range(-9, -1),
-    ("derived", "muon"): range(-9, -1),
-}
-"""The grids, log2 of the learning rate in steps of 2, wide enough that no optimum lies at an edge."""
+OUT = Path(__file__).parent / "results"
 
 
 class Task(Record):
-    """One run: which arm, and where on its grid."""
+    """One training run yet to be done."""
 
     arm: str
-    optimizer: str
     width: int
     log2_rate: int
     seed: int
@@ -52,13 +49,121 @@ class Task(Record):
 
 
 class Results(Record):
-    """What the JSON holds: finished runs by arm, and where they were made."""
+    """What the JSON holds: the finished runs of every arm, and how they were made."""
 
     steps: int
     base: int
-    runs: dict[str, tuple[Run, ...]]
     environment: Environment
+    runs: dict[str, tuple[Run, ...]]
 
     def sweeps(self) -> dict[str, LearningRateSweep]:
-        """Arm -> its sweep."""
-        return {arm: LearningRateSweep(steps=self.steps, runs=runs, environment=self.environment) for arm, runs in self.runs.items()}
+        """Arm -> its sweep, for the arms that have runs."""
+        of = {arm: runs for arm, runs in self.runs.items() if runs}
+        return {arm: LearningRateSweep(steps=self.steps, runs=runs, environment=self.environment) for arm, runs in of.items()}
+
+    def has(self, task: Task) -> bool:
+        """Whether the run is finished."""
+        key = (task.width, 2.0**task.log2_rate, task.seed)
+        return any((run.width, run.learning_rate, run.seed) == key for run in self.runs.get(task.arm, ()))
+
+    def also(self, arm: str, run: Run) -> Results:
+        """These results and one more run."""
+        return self.model_copy(update={"runs": {**self.runs, arm: (*self.runs.get(arm, ()), run)}})
+
+
+@cache
+def builder(arm: str) -> Build:
+    """The arm's `build(width, lr)`."""
+    optimizer, kind = arm.lower().split(", ")
+    return default(optimizer) if kind == "default" else derived(optimizer, gpt_table())
+
+
+@cache
+def data(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of every run."""
+    return batches(steps)
+
+
+def train(task: Task) -> tuple[str, Run]:
+    """Does one run, on one core."""
+    torch.set_num_threads(1)
+    schedule = warmup_then_decay(task.steps)
+    rates = [2.0**task.log2_rate]
+    grid = {"steps": task.steps, "seeds": (task.seed,), "schedule": schedule, "progress": None}
+    return task.arm, learning_rate_sweep(builder(task.arm), data(task.steps), (task.width,), rates, **grid).runs[0]
+
+
+def seconds_per_step(arm: str, width: int) -> float:
+    """Measured on this machine, one core."""
+    task = Task(arm=arm, width=width, log2_rate=-10, seed=0, steps=4)
+    train(task.model_copy(update={"steps": 1}))
+    return train(task)[1].seconds / 4
+
+
+def finished(tasks: list[Task], workers: int) -> Iterator[tuple[str, Run]]:
+    """The runs as they finish, in processes of their own."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(train, task) for task in tasks]):
+            yield future.result()
+
+
+def main(arguments: Iterable[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of lr_transfer.json and lr_transfer.png")
+    parser.add_argument("--plot-only", action="store_true", help="redraw the figure from the JSON")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    options = parser.parse_args([*arguments])
+    path: Path = options.out / "lr_transfer.json"
+    results = loaded(path, options.steps)
+    if not options.plot_only:
+        grid = product(options.seeds, sorted(options.widths, reverse=True), options.arms, LOG2_RATES)
+        tasks = [Task(arm=arm, width=width, log2_rate=rate, seed=seed, steps=options.steps) for seed, width, arm, rate in grid]
+        results = run([task for task in tasks if not results.has(task)], results, path, options.workers)
+    sweeps = results.sweeps()
+    plots.learning_rates(sweeps, path.with_suffix(".png"))
+    for arm, sweep in sweeps.items():
+        print(f"\n{arm}\n{sweep}")
+    print(f"\nfigure: {path.with_suffix('.png')}")
+
+
+def loaded(path: Path, steps: int) -> Results:
+    """The results in the JSON, or empty ones."""
+    if not path.exists():
+        return Results(steps=steps, base=BASE, environment=environment(), runs=dict.fromkeys(ARMS, ()))
+    results = Results.model_validate_json(path.read_text())
+    if (results.steps, results.base) != (steps, BASE):
+        sys.exit(f"{path} has runs of {results.steps} steps, base {results.base}; this would be {steps}, base {BASE}: choose another --out")
+    return results
+
+
+def run(tasks: list[Task], results: Results, path: Path, workers: int) -> Results:
+    """The results with all tasks done, written to `path` after each."""
+    costs = {key: seconds_per_step(*key) for key in {(task.arm, task.width): None for task in tasks}}
+    seconds = sum(costs[task.arm, task.width] * task.steps for task in tasks) / workers
+    print(f"{len(tasks)} runs to do, about {seconds / 60:.0f} minutes with {workers} workers", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    for count, (arm, made) in enumerate(finished(tasks, workers), 1):
+        results = results.also(arm, made)
+        partial = path.with_suffix(".partial")
+        partial.write_text(results.model_dump_json(indent=1))
+        partial.replace(path)
+        where = f"{arm}  width {made.width:>3}  lr 2^{math.log2(made.learning_rate):.0f}  seed {made.seed}"
+        print(f"[{count:>3}/{len(tasks)}] {where}  loss {made.loss:.3f}  ({(time.perf_counter() - begun) / 60:.1f} min)", flush=True)
+    return results
+
+
+def environment() -> Environment:
+    """This machine, and the commit that runs."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return Environment.of(GPT(BASE)).model_copy(update={"commit": commit})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

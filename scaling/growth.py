@@ -127,7 +127,7 @@ def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
     count: Counter[tuple[Atom, ...]] = Counter()
     anchored: set[tuple[Atom, ...]] = set()
     for _, dims in weights.values():
-        present = [axes.resolve(dim) for dim in dims if axes.resolve(dim)]
+        present = [_whole_maps(axes.resolve(dim)) for dim in dims if axes.resolve(dim)]
         if len(present) < 2:
             continue
         for dim in present:
@@ -192,6 +192,8 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
         _choose_factor(axes, dim, decided, hub_leaves, size, heads)
     for dim in singles:
         decided |= {atom: _single(atom, size) for atom in axes.leaves(dim) if atom not in decided}
+    everything = (atom for _, dims in weights.values() for dim in dims for atom in axes.leaves(dim))
+    decided |= {atom: _single(atom, size) for atom in everything if atom not in decided}
     return {
         atom: (_proportional(atom.size[0], size) if grows else sympy.Integer(atom.size[0]), reason)
         for atom, (grows, reason) in decided.items()
@@ -203,7 +205,12 @@ def _pieces(axes: Axes, dim: Dim) -> list[Dim]:
     resolved = axes.resolve(dim)
     if len(resolved) == 1 and resolved[0].segments:
         return [piece for segment in resolved[0].segments for piece in _pieces(axes, segment.dim)]
-    return [resolved] if resolved else []
+    return [_whole_maps(resolved)] if resolved else []
+
+
+def _whole_maps(dim: Dim) -> Dim:
+    """A product less the factors that are taken apart by index: gates, q‖k‖v."""
+    return tuple(atom for atom in dim if "indexed" not in atom.facts) or dim
 
 
 def _has(axes: Axes, dim: Dim, fact: str) -> bool:

@@ -3,8 +3,9 @@
     "aten.linear": "... i, o i, +o -> ... o"
 
 The tensor arguments in the schema's order, an axis per letter: a letter in the inputs but not in the output is summed over; the same
-letter is the same dimension. `(g o)` is an axis that is a product, `v!` an axis that is looked up, `+` before an operand says that it is
-added, not multiplied, and `_` is an axis joined to nothing. From this one line follow both which axes are the same and, for a weight,
+letter is the same dimension. `(g o)` is an axis that is a product, `v!` an axis that is looked up, `e#` a bank of separate maps, `q~` an
+axis that is taken apart by index (gates); `+` before an operand says that it is added, not multiplied, and `_` is an axis joined to
+nothing. From this one line follow both which axes are the same and, for a weight,
 which of its axes are summed (fan_in), survive (fan_out) or are shared with the data (copies).
 
 Operators that only move values (view, cat, slice) have a function that says where the axes go.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -34,7 +35,16 @@ class Label:
     """A letter of a signature."""
 
     name: str
-    looked_up: bool = False
+    mark: str = ""
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether it is indexed by ids."""
+        return self.mark == "!"
+
+
+MARKS = {"!": "looked_up", "#": "bank", "~": "indexed"}
+"""What a mark after a letter says of the dimension."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,16 @@ class Signature:
     output: Operand
 
 
-Built = tuple[str, dict[str, Size]]
-Signed = str | Callable[[Call], Built]
+@dataclass(frozen=True)
+class Written:
+    """A signature that a call writes: the lengths its products need, and letters that are the same dimension under two names."""
+
+    text: str
+    sizes: dict[str, Size] = field(default_factory=dict)
+    same: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+Signed = str | Callable[[Call], Written]
 Moves = Callable[[Call, Axes], None]
 
 
@@ -92,10 +110,10 @@ def _operand(text: str) -> Operand:
     axes = []
     for token in re.findall(r"\([^)]*\)|\S+", text.removeprefix("+")):
         names = token.strip("()").split()
-        if not all(re.fullmatch(r"\.\.\.|[A-Za-z_]\w*!?", name) for name in names):
+        if not all(re.fullmatch(r"\.\.\.|[A-Za-z_]\w*[!#~]?", name) for name in names):
             message = f"not an axis in a signature: {token!r} in {text!r}"
             raise ScalingError(message)
-        axes.append(tuple(Label(name.rstrip("!"), name.endswith("!")) for name in names))
+        axes.append(tuple(Label(name.rstrip("!#~"), name[-1] if name[-1] in MARKS else "") for name in names))
     return Operand(tuple(axes), added)
 
 
@@ -123,13 +141,13 @@ class Binding:
     added: bool
 
 
-def bind(call: Call, axes: Axes) -> tuple[list[Binding], Signature] | None:
+def bind(call: Call, axes: Axes) -> tuple[list[Binding], Signature, Written] | None:
     """Reads a call by its operator's signature; None for an operator that has none, or whose signature does not fit."""
     operator = rule_of(call)
     if operator is None or operator.signature is None:
         return None
-    text, sizes = (operator.signature, {}) if isinstance(operator.signature, str) else operator.signature(call)
-    signature = parse(text)
+    written = Written(operator.signature) if isinstance(operator.signature, str) else operator.signature(call)
+    signature = parse(written.text)
     bindings = []
     for operand, node in zip(signature.inputs, call.tensors, strict=False):
         if node is None:
@@ -139,9 +157,9 @@ def bind(call: Call, axes: Axes) -> tuple[list[Binding], Signature] | None:
         if spread is None:
             return None
         bindings.append(
-            Binding(node, tuple(_split(axes, labels, dim, sizes) for labels, dim in zip(spread, dims, strict=True)), operand.added)
+            Binding(node, tuple(_split(axes, labels, dim, written.sizes) for labels, dim in zip(spread, dims, strict=True)), operand.added)
         )
-    return bindings, signature
+    return bindings, signature, written
 
 
 def _split(axes: Axes, labels: tuple[Label, ...], dim: Dim, sizes: dict[str, Size]) -> tuple[tuple[Label, Dim], ...]:
@@ -170,19 +188,24 @@ def _apply_signature(call: Call, axes: Axes) -> bool:
     bound = bind(call, axes)
     if bound is None:
         return False
-    bindings, signature = bound
+    bindings, signature, written = bound
     letters: dict[str, Dim] = {}
     for binding in bindings:
         for axis in binding.axes:
             for label, dim in axis:
                 if label.name == "g" and any(axes.resolve(other) for _, other in axis if other is not dim):
                     axes.mark(dim, "groups")
+                if label.mark:
+                    axes.mark(dim, MARKS[label.mark])
                 if label.name == "_":
                     continue
                 if axes.resolve(letters.get(label.name, ())) and axes.resolve(dim):
                     axes.join(letters[label.name], dim)
                 else:
                     letters[label.name] = dim or letters.get(label.name, ())
+    for letter, others in written.same:
+        if letter in letters and all(other in letters for other in others):
+            axes.join(letters[letter], tuple(atom for other in others for atom in letters[other]))
     out = _spread(signature.output, len(call.shape))
     if out is None:
         return False
@@ -205,7 +228,7 @@ def fresh(call: Call, axes: Axes, *facts: str) -> None:
 # signatures that a call writes
 
 
-def elementwise(call: Call) -> Built:
+def elementwise(call: Call) -> Written:
     """Aligned from the right; an axis of length 1 that is stretched is joined to nothing. Only mul and div multiply."""
     mark = "" if call.name in MULTIPLIES else "+"
     rank = len(call.shape)
@@ -215,7 +238,7 @@ def elementwise(call: Call) -> Built:
         letters = [f"a{rank - len(shape) + i}" for i in range(len(shape))]
         stretched = [size != call.shape[rank - len(shape) + i] for i, size in enumerate(shape)]
         operands.append(mark + " ".join("_" if wide else letter for letter, wide in zip(letters, stretched, strict=True)))
-    return f"{', '.join(operands)} -> {' '.join(f'a{i}' for i in range(rank))}", {}
+    return Written(f"{', '.join(operands)} -> {' '.join(f'a{i}' for i in range(rank))}")
 
 
 def _shape(node: fx.Node | None, call: Call) -> tuple[Size, ...]:
@@ -236,39 +259,39 @@ def _same(node: fx.Node, call: Call) -> Sequence[fx.Node]:
     return [other.all_input_nodes[at] for other in call.nodes]
 
 
-def matmul(call: Call) -> Built:
+def matmul(call: Call) -> Written:
     """1-d operands are vectors, leading axes a batch."""
     a, b = (len(_shape(node, call)) for node in call.tensors[:2])
     left = "k" if a == 1 else "... m k"
     right = "k" if b == 1 else "... k n"
     out = " ".join(("..." if max(a, b) > 2 else "", "m" if a > 1 else "", "n" if b > 1 else ""))
-    return f"{left}, {right} -> {out}", {}
+    return Written(f"{left}, {right} -> {out}")
 
 
-def addmm(call: Call) -> Built:
+def addmm(call: Call) -> Written:
     """A bias of one or two axes plus a product."""
-    return f"+{'m n' if len(_shape(call.tensors[0], call)) == 2 else 'n'}, m k, k n -> m n", {}
+    return Written(f"+{'m n' if len(_shape(call.tensors[0], call)) == 2 else 'n'}, m k, k n -> m n")
 
 
-def einsum(call: Call) -> Built:
+def einsum(call: Call) -> Written:
     """The equation itself."""
     equation = call.get("equation").replace(" ", "")
     if "->" not in equation:
         letters = re.sub(r"[^A-Za-z]", "", equation)
         equation += "->" + "..." * ("..." in equation) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     spaced = re.sub(r"(\.\.\.|[A-Za-z])", r"\1 ", equation).replace("->", " -> ").replace(",", ", ")
-    return spaced, {}
+    return Written(spaced)
 
 
-def convolution(call: Call) -> Built:
+def convolution(call: Call) -> Written:
     """Channels in `groups` maps; the kernel's taps are summed, the grid is joined to nothing."""
     rank = len(_shape(call.tensors[1], call)) - 2
     batch = "b " if len(call.shape) == rank + 2 else ""
     grid, taps = " ".join(["_"] * rank), " ".join(f"k{i}" for i in range(rank))
     groups = tuple(call.over_widths("groups"))
     if call.name.startswith("aten.conv_transpose"):
-        return f"{batch}(g i) {grid}, (g i) o {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups}
-    return f"{batch}(g i) {grid}, (g o) i {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups}
+        return Written(f"{batch}(g i) {grid}, (g i) o {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups})
+    return Written(f"{batch}(g i) {grid}, (g o) i {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups})
 
 
 def strides(call: Call) -> int:
@@ -277,13 +300,13 @@ def strides(call: Call) -> int:
     return math.prod(stride if len(stride) == rank else list(stride) * rank)
 
 
-def attention(call: Call) -> Built:
+def attention(call: Call) -> Written:
     """q·k summed over e, weights·v over the keys; with enable_gqa one key head serves r query heads."""
     q, k = (_shape(node, call) for node in call.tensors[:2])
     if len(q) >= 3 and q[-3] != k[-3]:
         repeats = tuple(a // b for a, b in zip(q[-3], k[-3], strict=True))
-        return "... (h r) l e, ... h s e, ... h s f, +_ -> ... (h r) l f".replace("+_", _mask(call)), {"r": repeats}
-    return f"... l e, ... s e, ... s f, {_mask(call)} -> ... l f", {}
+        return Written("... (h r) l e, ... h s e, ... h s f, +_ -> ... (h r) l f".replace("+_", _mask(call)), {"r": repeats})
+    return Written(f"... l e, ... s e, ... s f, {_mask(call)} -> ... l f")
 
 
 def _mask(call: Call) -> str:
@@ -291,28 +314,68 @@ def _mask(call: Call) -> str:
     return "+" + " ".join(["_"] * len(_shape(mask, call)))
 
 
-def layer_norm(call: Call) -> Built:
+def layer_norm(call: Call) -> Written:
     """Gain and bias over the normalized axes."""
     count = len(call.get("normalized_shape"))
     letters = " ".join(f"c{i}" for i in range(count))
-    return f"... {letters}, {letters}, +{letters} -> ... {letters}", {}
+    return Written(f"... {letters}, {letters}, +{letters} -> ... {letters}")
 
 
-def channels(call: Call) -> Built:
+def channels(call: Call) -> Written:
     """Axis 1 is channels: batch, group and instance norm, with gain, bias and statistics."""
     rest = " ".join(f"x{i}" for i in range(len(call.shape) - 2))
-    return f"b c {rest}, c, +c, +c, +c -> b c {rest}", {}
+    return Written(f"b c {rest}, c, +c, +c, +c -> b c {rest}")
 
 
-def prelu(call: Call) -> Built:
+def prelu(call: Call) -> Written:
     """One slope, or one per channel."""
     rest = " ".join(f"x{i}" for i in range(len(call.shape) - 2))
-    return f"b c {rest}, {'c' if _shape(call.tensors[1], call) != ((1,) * len(call.nodes),) else '_'} -> b c {rest}", {}
+    return Written(f"b c {rest}, {'c' if _shape(call.tensors[1], call) != ((1,) * len(call.nodes),) else '_'} -> b c {rest}")
 
 
-def bilinear(call: Call) -> Built:
+def grouped_mm(call: Call) -> Written:
+    """Rows of x are dealt to the experts e; a 3-d x is a batch of products."""
+    if len(_shape(call.tensors[0], call)) == 3:
+        return Written("e# m k, e# k n -> e# m n")
+    return Written("t k, e# k n -> t n")
+
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def recurrent(call: Call) -> Written:
+    """Per layer and direction W_ih (gates·h, in), W_hh (gates·h, h) and two biases; the next layer reads directions × h."""
+    gates = GATES[call.name.removeprefix("aten.")]
+    count = len(call.nodes)
+    values = [call.get(name) for name in ("params", "hx")]
+    states = values[1] if isinstance(values[1], (list, tuple)) else [values[1]]
+    packed = "batch_sizes" in call.arguments
+    ranks = [len(_shape(node, call)) for node in states if isinstance(node, fx.Node)]
+    directions = 2 if call.get("bidirectional") else 1
+    per_layer = 2 + 2 * bool(call.get("has_biases"))
+    operands = ["... i0", *(["+" + " ".join("_" * r) for r in ranks] if not packed else ["+_", *("+" + " ".join("_" * r) for r in ranks)])]
+    same: list[tuple[str, tuple[str, ...]]] = []
+    for k in range(len(values[0]) // per_layer):
+        layer = k // directions
+        if k % directions == 0 and layer > 0:
+            same.append((f"i{layer}", ("b", "h")))
+        same.append((f"r{k}", ("h",)))
+        operands += [f"(q~ h) i{layer}", f"(q~ h) r{k}", *["+(q~ h)"] * (per_layer - 2)]
+    sizes = {"q": (gates,) * count, "b": (directions,) * count}
+    return Written(f"{', '.join(operands)} -> ... (b h)", sizes, tuple(same))
+
+
+def cell(call: Call) -> Written:
+    """LSTM, GRU and RNN cells: input, states, W_ih, W_hh, biases."""
+    gates = GATES[call.name.removeprefix("aten.").removesuffix("_cell")]
+    states = sum(len(_shape(node, call)) == 2 for node in call.tensors[1:]) - 2
+    operands = ["b i", *["+b h"] * states, "(q~ h) i", "(q~ h) r", "+(q~ h)", "+(q~ h)"]
+    return Written(f"{', '.join(operands)} -> b h", {"q": (gates,) * len(call.nodes)}, (("r", ("h",)),))
+
+
+def bilinear(call: Call) -> Written:
     """nn.Bilinear."""
-    return "... i, ... j, o i j, +o -> ... o", {}
+    return Written("... i, ... j, o i j, +o -> ... o")
 
 
 # functions that move axes
@@ -658,6 +721,9 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(einsum, "einsum"),
     _signed("i, j -> i j", "outer ger"),
     _signed(bilinear, "bilinear"),
+    _signed(grouped_mm, "_grouped_mm grouped_mm"),
+    _signed(recurrent, "lstm gru rnn_tanh rnn_relu"),
+    _signed(cell, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
     _signed(convolution, "conv1d conv2d conv3d"),
     _signed(convolution, "conv_transpose1d conv_transpose2d conv_transpose3d", thinned=strides),
     _signed(attention, "scaled_dot_product_attention"),
@@ -691,6 +757,7 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(pixel_shuffle, "pixel_shuffle"),
     _moves(index, "index"),
     _moves(index_select, "index_select"),
+    _moves(fresh, "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"),
     _moves(write, "copy index_put slice_scatter select_scatter index_copy masked_scatter index_add"),
     _moves(reduce, "sum mean", linear=True),
     _moves(

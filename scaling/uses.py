@@ -10,13 +10,14 @@ from torch import fx
 from scaling.axes import Axes, Dim
 from scaling.errors import UnsupportedOperator
 from scaling.graph import Call, LayerGraph, Size
-from scaling.operators import Binding, Label, apply, bind, known, rule_of
+from scaling.operators import GATES, Binding, Label, apply, bind, known, rule_of
 
 __all__ = ["Dot", "Span", "WeightUse", "joined_axes", "uses_of"]
 
 DATA_FIRST = {
     *(f"aten.{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)),
     *(f"aten.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance")),
+    *(f"aten.{kind}{form}" for kind in GATES for form in ("", "_cell")),
     "aten.linear",
     "aten.bilinear",
     "aten.prelu",
@@ -89,7 +90,7 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
                 raise UnsupportedOperator(call.name, _leaf(graph, weights[0]).names[0], str(call.source))
             for weight in weights:
                 uses.append(_use(graph, axes, call, weight))
-                _mark(axes, call, weight, bound)
+                _mark(graph, axes, call, weight, bound)
             dots += _dots(graph, call, bound)
     for dot in dots:
         axes.mark(dot.dim, "dot")
@@ -111,7 +112,9 @@ def _chain(graph: LayerGraph, node: fx.Node) -> list[fx.Node]:
 def _part(label: Label, binding: Binding, others: list[Binding], output: set[str]) -> str:
     if label.looked_up:
         return "lookup"
-    if label.name not in output:
+    if label.mark == "#":
+        return "copy"
+    if label.name not in output and label.mark != "~":
         return "in"
     if binding.added:
         return "add"
@@ -119,36 +122,38 @@ def _part(label: Label, binding: Binding, others: list[Binding], output: set[str
     return "copy" if shared else "out"
 
 
-def _labelled(call: Call, operand: fx.Node, axes: Axes, bound: tuple | None) -> Iterator[tuple[Dim, str]]:
+def _labelled(graph: LayerGraph, call: Call, operand: fx.Node, axes: Axes, bound: tuple | None) -> Iterator[tuple[Dim, str]]:
     """The operand's dimensions with their parts."""
     slot = call.tensors.index(operand)
     if bound is None or (slot == 0 and call.name in DATA_FIRST):
         yield from ((dim, "add") for dim in axes.dims.get(operand, ()))
         return
-    bindings, signature = bound
+    bindings, signature, _ = bound
     output = {label.name for axis in signature.output.axes for label in axis} | {
         label.name for b in bindings for axis in b.axes for label, _ in axis if label.name.startswith("*")
     }
     binding = next(b for b in bindings if b.node is operand)
-    others = [b for b in bindings if b is not binding]
+    data = [b for b in bindings if b is not binding and b.node not in graph.weight_only]
+    others = data or [b for b in bindings if b is not binding]
     for axis in binding.axes:
         for label, dim in axis:
             yield dim, _part(label, binding, others, output)
 
 
-def _mark(axes: Axes, call: Call, operand: fx.Node, bound: tuple | None) -> None:
+def _mark(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node, bound: tuple | None) -> None:
     elsewhere = {label.name for b in bound[0] if b.node is not operand for axis in b.axes for label, _ in axis} if bound else set()
+    elsewhere |= {letter for letter, _ in bound[2].same} if bound else set()
     sums = False
     if bound is not None and not (call.tensors.index(operand) == 0 and call.name in DATA_FIRST):
         binding = next(b for b in bound[0] if b.node is operand)
         output = {label.name for axis in bound[1].output.axes for label in axis}
         for axis in binding.axes:
             for label, dim in axis:
-                if label.name not in output and not label.looked_up:
+                if label.name not in output and not label.mark:
                     sums = sums or (label.name in elsewhere and axes.resolve(dim) != ())
                     if label.name not in elsewhere:
                         axes.mark(dim, "kernel")
-    for dim, part in _labelled(call, operand, axes, bound):
+    for dim, part in _labelled(graph, call, operand, axes, bound):
         if part == "copy" and sums and len(axes.dims[operand]) > 2:
             axes.mark(dim, "bank")
         axes.mark(dim, {"in": "summed", "lookup": "looked_up"}.get(part, "used"))
@@ -165,7 +170,7 @@ def _use(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node) -> WeightU
     for node in chain[1:]:
         apply(graph.calls[node], alone)
     parts: dict[int, str] = {}
-    for dim, part in _labelled(call, operand, alone, bind(call, alone)):
+    for dim, part in _labelled(graph, call, operand, alone, bind(call, alone)):
         for atom in alone.leaves(dim):
             parts[id(atom)] = part
     ranges, spans = [], []
@@ -194,7 +199,7 @@ def _used_range(axes: Axes, dim: Dim, parts: dict[int, str]) -> tuple[tuple[Size
 def _dots(graph: LayerGraph, call: Call, bound: tuple | None) -> Iterator[Dot]:
     if bound is None:
         return
-    bindings, signature = bound
+    bindings, signature, _ = bound
     data = [b for b in bindings if not b.added and b.node in graph.data]
     output = {label.name for axis in signature.output.axes for label in axis}
     for i, left in enumerate(data):

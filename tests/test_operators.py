@@ -25,6 +25,11 @@ class Calls(nn.Module):
         return self.function(*inputs)
 
 
+def recurrent(gates, hidden=3, inputs=4):
+    """Two states, W_ih, W_hh and two biases."""
+    return R(1, 2, hidden), R(1, 2, hidden), R(gates * hidden, inputs), R(gates * hidden, hidden), R(gates * hidden), R(gates * hidden)
+
+
 EXAMPLES = {
     "linear": (lambda x, w, b: F.linear(x, w, b), (R(2, 3), R(4, 3), R(4))),
     "matmul": (torch.matmul, (R(2, 5, 3), R(2, 3, 4))),
@@ -47,6 +52,15 @@ EXAMPLES = {
     "conv_transpose2d": (lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2), (R(2, 4, 5, 5), R(4, 3, 2, 2), R(6))),
     "conv_transpose3d": (F.conv_transpose3d, (R(1, 2, 3, 3, 3), R(2, 3, 2, 2, 2), R(3))),
     "scaled_dot_product_attention": (F.scaled_dot_product_attention, (R(2, 3, 5, 4), R(2, 3, 7, 4), R(2, 3, 7, 6))),
+    "_grouped_mm": (lambda x, w: torch.ops.aten._grouped_mm(x, w, torch.tensor([2, 6], dtype=torch.int32)), (R(6, 8), R(2, 8, 4))),
+    "lstm": (lambda x, h, c, *w: torch._VF.lstm(x, (h, c), w, True, 1, 0.0, False, False, True)[0], (R(2, 3, 4), *recurrent(4))),
+    "gru": (lambda x, h, _, *w: torch._VF.gru(x, h, w, True, 1, 0.0, False, False, True)[0], (R(2, 3, 4), *recurrent(3))),
+    "rnn_tanh": (lambda x, h, _, *w: torch._VF.rnn_tanh(x, h, w, True, 1, 0.0, False, False, True)[0], (R(2, 3, 4), *recurrent(1))),
+    "rnn_relu": (lambda x, h, _, *w: torch._VF.rnn_relu(x, h, w, True, 1, 0.0, False, False, True)[0], (R(2, 3, 4), *recurrent(1))),
+    "lstm_cell": (lambda x, h, c, *w: torch._VF.lstm_cell(x, (h[0], c[0]), *w), (R(2, 4), *recurrent(4))),
+    "gru_cell": (lambda x, h, _, *w: torch._VF.gru_cell(x, h[0], *w), (R(2, 4), *recurrent(3))),
+    "rnn_tanh_cell": (lambda x, h, _, *w: torch._VF.rnn_tanh_cell(x, h[0], *w), (R(2, 4), *recurrent(1))),
+    "rnn_relu_cell": (lambda x, h, _, *w: torch._VF.rnn_relu_cell(x, h[0], *w), (R(2, 4), *recurrent(1))),
     "embedding": (lambda w: F.embedding(torch.tensor([[0, 3], [1, 1]]), w), (R(5, 3),)),
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (3,), w, b), (R(2, 3), R(3), R(3))),
     "rms_norm": (lambda x, w: F.rms_norm(x, (3,), w), (R(2, 3), R(3))),
@@ -180,6 +194,13 @@ EXAMPLES = {
     "glu": (lambda x: F.glu(x, 1), (R(2, 6),)),
 }
 NO_VALUES = {
+    "aten.grouped_mm": "the public name of _grouped_mm",
+    **dict.fromkeys(
+        [f"aten.{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")]
+        + [f"aten.new_{kind}" for kind in ("zeros", "ones", "empty", "full")]
+        + ["aten.bernoulli"],
+        "makes a new value",
+    ),
     "getitem": "every operator with several outputs is an example of it",
     "aten.to": "hands its input on: no node",
     "aten.clone": "hands its input on: no node",
@@ -246,7 +267,7 @@ def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(nam
     assert shared or not before[0].dim() or name in UNSHARED
 
 
-PERMUTED = {"flip", "roll", "rot90", "cumsum", "cumprod", "softmax", "_softmax", "log_softmax", "layer_norm", "rms_norm", "instance_norm",
+PERMUTED = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "flip", "roll", "rot90", "cumsum", "cumprod", "softmax", "_softmax", "log_softmax", "layer_norm", "rms_norm", "instance_norm",
             "group_norm", "index_put", "index_add", "index_copy", "slice_scatter", "select_scatter", "reflection_pad1d"}  # fmt: skip
 """These keep an axis but mix or move its indices: the same dimension, other entries."""
 UNSHARED = {"fill"}
