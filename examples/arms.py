@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from gpt import GPT
@@ -18,9 +19,16 @@ __all__ = ["BASE", "Build", "TwoOptimizers", "default", "derived", "gpt_table", 
 BASE = 32
 """The width at which the derived arm keeps the initial weights of the user's model; with Adam both arms are the same run there."""
 
-Build = Callable[[int, float], tuple[nn.Module, Any]]
+
+class Build(Protocol):
+    """(width, learning rate) -> (model, optimizer)."""
+
+    def __call__(self, width: int, lr: float) -> tuple[nn.Module, Any]:
+        """A new model and its optimizer."""
+        ...
 
 
+@cache
 def gpt_table() -> ScalingTable:
     """The GPT's scaling table, exact from its shapes at three widths."""
     tokens = torch.zeros(1, 64, dtype=torch.int64)

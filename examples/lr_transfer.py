@@ -32,7 +32,7 @@ from scaling.records import Record
 
 ARMS = ("Adam, default", "Adam, derived", "Muon, default", "Muon, derived")
 WIDTHS = (32, 64, 128, 256)
-LOG2_RATES = range(-10, -2)
+LOG2_RATES = range(-9, -1)
 SEEDS = (0, 1)
 STEPS = 300
 OUT = Path(__file__).parent / "results"
@@ -55,6 +55,11 @@ class Results(Record):
     base: int
     environment: Environment
     runs: dict[str, tuple[Run, ...]]
+
+    @classmethod
+    def empty(cls, steps: int) -> Results:
+        """No runs yet."""
+        return cls(steps=steps, base=BASE, environment=environment(), runs=dict.fromkeys(ARMS, ()))
 
     def sweeps(self) -> dict[str, LearningRateSweep]:
         """Arm -> its sweep, for the arms that have runs."""
@@ -119,7 +124,7 @@ def main(arguments: Iterable[str]) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     options = parser.parse_args([*arguments])
     path: Path = options.out / "lr_transfer.json"
-    results = loaded(path, options.steps)
+    results = loaded(path, None if options.plot_only else options.steps)
     if not options.plot_only:
         grid = product(options.seeds, sorted(options.widths, reverse=True), options.arms, LOG2_RATES)
         tasks = [Task(arm=arm, width=width, log2_rate=rate, seed=seed, steps=options.steps) for seed, width, arm, rate in grid]
@@ -131,14 +136,18 @@ def main(arguments: Iterable[str]) -> None:
     print(f"\nfigure: {path.with_suffix('.png')}")
 
 
-def loaded(path: Path, steps: int) -> Results:
-    """The results in the JSON, or empty ones."""
-    if not path.exists():
-        return Results(steps=steps, base=BASE, environment=environment(), runs=dict.fromkeys(ARMS, ()))
-    results = Results.model_validate_json(path.read_text())
-    if (results.steps, results.base) != (steps, BASE):
-        sys.exit(f"{path} has runs of {results.steps} steps, base {results.base}; this would be {steps}, base {BASE}: choose another --out")
-    return results
+def loaded(path: Path, steps: int | None) -> Results:
+    """The results in the JSON, of so many steps; or, if there is none, empty ones."""
+    if path.exists():
+        results = Results.model_validate_json(path.read_text())
+        if steps is None or (results.steps, results.base) == (steps, BASE):
+            return results
+        sys.exit(
+            f"{path} has runs of {results.steps} steps, base {results.base}; these would be of {steps}, base {BASE}: choose another --out"
+        )
+    if steps is None:
+        sys.exit(f"{path} is not there: run without --plot-only first")
+    return Results.empty(steps)
 
 
 def run(tasks: list[Task], results: Results, path: Path, workers: int) -> Results:

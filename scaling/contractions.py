@@ -72,7 +72,7 @@ def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> 
     data = [n for n in dict.fromkeys(call.tensors) if n is not None and n in graph.data]
     if node.op != "call_function":
         return None
-    own = [(_leaf(graph, weight), selection) for weight in weights]
+    own = [(graph.weight_of(weight), selection) for weight in weights]
     if weights and call.name not in {"aten.add", "aten.sub"}:
         return own
     if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):
@@ -85,12 +85,6 @@ def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> 
             return None
         out += found
     return list(dict.fromkeys(out)) or None
-
-
-def _leaf(graph: LayerGraph, node: fx.Node) -> Call:
-    while not graph.calls[node].names:
-        node = next(n for n in node.all_input_nodes if n in graph.weight_only)
-    return graph.calls[node]
 
 
 def _taken(call: Call) -> Selection | None:

@@ -120,9 +120,20 @@ class LayerGraph:
         """Nodes whose value follows from an input, or from a weight that has been used."""
         return frozenset(node for node, kind in self._kinds.items() if kind == "data")
 
+    def followed(self, node: fx.Node) -> fx.Node:
+        """The weight-only input that a weight-only node is a form of: the one with the node's own number of entries, or the first."""
+        inputs = [n for n in node.all_input_nodes if n in self.weight_only]
+        return next((n for n in inputs if _count(n) == _count(node)), inputs[0])
+
+    def weight_of(self, node: fx.Node) -> Call:
+        """The weight that a weight-only node is a form of."""
+        while not self.calls[node].names:
+            node = self.followed(node)
+        return self.calls[node]
+
     @cached_property
     def weight_only(self) -> frozenset[fx.Node]:
-        """Weights, and what unary operators make of one weight alone: a view, a cast, -exp(A_log)."""
+        """Weights, and what becomes of one weight before it meets data: a view, a cast, -exp(A_log), g·v/‖v‖ (a form of v)."""
         return frozenset(node for node, kind in self._kinds.items() if kind == "weight")
 
     @cached_property
@@ -138,13 +149,24 @@ class LayerGraph:
                 weights = inputs.count("weight")
                 if (
                     "data" in inputs
-                    or weights > 1
+                    or (weights > 1 and not _scales(call, [n for n in node.all_input_nodes if kinds[n] == "weight"]))
                     or (call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights)
                 ):
                     kinds[node] = "data"
                 else:
                     kinds[node] = "weight" if weights else "constant"
         return kinds
+
+
+def _count(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def _scales(call: Call, weights: list[fx.Node]) -> bool:
+    """Whether an operator on weights alone only scales one of them: weight norm, spectral norm, a gain on a table."""
+    full = [n for n in weights if _count(n) == _count(call.node)]
+    return call.name in {"aten.mul", "aten.div", "aten._weight_norm"} and len(full) == 1
 
 
 def align(recordings: Sequence[Recording], labels: Sequence[str]) -> LayerGraph:

@@ -135,8 +135,7 @@ def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
             for piece in set(pieces):
                 count[piece] += 1
                 leaves = list(axes.leaves(piece))
-                facts = set.union(*(atom.facts for atom in leaves)) if piece else set()
-                if facts & {"looked_up", "kernel", "bank"} or any(forced.get(atom, ("",))[0] == "fixed" for atom in leaves):
+                if _facts(axes, piece) & {"looked_up", "kernel", "bank"} or any(forced.get(atom, ("",))[0] == "fixed" for atom in leaves):
                     anchored.add(piece)
     free = {dim: n for dim, n in count.items() if dim not in anchored}
     inner = {dim: n for dim, n in free.items() if not _ends(axes, dim)} or free
@@ -152,7 +151,7 @@ def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
 
 def _ends(axes: Axes, dim: Dim) -> bool:
     """Whether an axis is one of an input or only leaves the model."""
-    facts = set.union(*(atom.facts for atom in axes.leaves(dim))) if dim else set()
+    facts = _facts(axes, dim)
     return "input" in facts or ("output" in facts and "summed" not in facts)
 
 
@@ -213,8 +212,12 @@ def _whole_maps(dim: Dim) -> Dim:
     return tuple(atom for atom in dim if "indexed" not in atom.facts) or dim
 
 
+def _facts(axes: Axes, dim: Dim) -> set[str]:
+    return {fact for atom in axes.leaves(dim) for fact in atom.facts}
+
+
 def _has(axes: Axes, dim: Dim, fact: str) -> bool:
-    return any(fact in atom.facts for atom in axes.leaves(dim))
+    return fact in _facts(axes, dim)
 
 
 def _single(atom: Atom, hub: int) -> tuple[bool, str]:

@@ -15,15 +15,20 @@ from torch import nn
 __all__ = ["at_twice_the_width"]
 
 WIDTH_FIELDS = re.compile(
-    r"hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|hidden_dim|n_inner|intermediate_size|ffn_dim|d_ff|d_inner|ffn_hidden_size"
-    r"|(en|de)coder_ffn_dim|moe_intermediate_size|shared_(expert_)?intermediate_size|(en|de)coder_hidden_size|mlp_dim|dim_feedforward"
-    r"|embedding_size|embedding_dim|word_embed_proj_dim|hidden_sizes|embed_dims|out_hidden_size|lru_width|pooler_hidden_size"
+    r"(en|de)coder_(hidden_size|hidden_dim|ffn_dim|dim|intermediate_size|feedforward_dim|in_channels)"
+    r"|((linear|moe|shared|shared_expert|moe_shared|moe_shared_expert|dense|expert|mlp|ffn|dense_ffn|fusion|projector|mm|pooler|text|out|output"
+    r"|latent|attention|fpn|neck|rnn|image_text|reassemble|decoder_mlp)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
+    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|proj|projection|conv|codebook|text_embed|backbone_channel)_(dim|dims|list)"
+    r"|word_embed_proj_dim|embedding_(size|dim)|embed_size|n_inner|d_ff|d_inner|d_embed|dim_feedforward|ffn_hidden_size|lru_width|num_filters"
+    r"|pooler_output_size|output_channels|decoder_channels|stem_(hidden_)?channels|classifier_proj_size|upsample_initial_channel|tdnn_dim"
+    r"|xvector_output_dim|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
+    r"|time_step_rank|neck_hidden_sizes|decoder_hidden_size"
 )
 HEAD_FIELDS = re.compile(
-    r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads|attention_heads|num_key_value_heads|num_kv_heads|n_head_kv"
-    r"|mamba_n_heads|linear_num_(key|value)_heads"
+    r"((en|de)coder_|swa_|index_)?(num_)?(attention_heads|heads)|n_heads?|num_attention_head|((en|de)coder_)?num_(attention|key_value|kv)_heads?"
+    r"|n_head_kv|swa_num_(attention|key_value)_heads|index_n_heads|mamba_(n|num)_heads|linear_num_(key_|value_)?heads|(en|de)coder_num_heads"
+    r"|(en|de)coder_num_(attention|key_value)_heads|multi_query_group_num"
 )
-
 
 def at_twice_the_width(model: nn.Module) -> nn.Module | None:
     """The model's class built from its scaled config, on the meta device; None if it has no config or cannot be built."""

@@ -7,22 +7,20 @@ log2 of the width. Numbers are means over seeds. The caller's random state is le
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice, product
-from pathlib import Path
+from itertools import islice, product
 from statistics import fmean, linear_regression
-from typing import Any, Literal, Self
+from typing import Any
 
-import sympy
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scaling.errors import CannotMeasure
-from scaling.limits import WIDTH, exponent
-from scaling.records import Block, Record, ScalingTable
+from scaling.maps import GRADIENT, WeightMaps, full, predicted_norms
+from scaling.measured import Assumptions, CoordinateCheck, Measurement, Quantity, Series
+from scaling.records import ScalingTable
 from scaling.sweep import LearningRateSweep, Run, learning_rate_sweep
 from scaling.training import Environment, Loss, Optimizer, backward, built, cross_entropy, seeded, update
 
@@ -41,150 +39,7 @@ __all__ = [
 ]
 
 Build = Callable[[int], tuple[nn.Module, Any]]
-Quantity = Literal["activation", "change", "weight", "update", "rank", "sign", "gradient", "progress"]
 Key = tuple[Quantity, str, int]
-
-
-class Series(Record):
-    """One quantity of one tensor after `step` updates: a value per width, the mean over seeds.
-
-    `slope` is the least-squares slope of log2(value) against log2(width); None where the value is 0 at every width (nothing moved yet,
-    THEORY P60), nan where it is 0 at some widths only or not finite. `predicted` is the exponent theory gives; None where it gives none.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    quantity: Quantity
-    name: str
-    step: int
-    values: tuple[float, ...]
-    slope: float | None
-    predicted: float | None
-
-
-class Measurement(Record):
-    """Series over widths, and what they were measured on. `skipped` names tensors that cannot be compared over widths or steps."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    widths: tuple[int, ...]
-    steps: tuple[int, ...]
-    seeds: tuple[int, ...]
-    series: tuple[Series, ...]
-    skipped: tuple[str, ...] = ()
-    environment: Environment
-
-    def select(self, *quantities: Quantity) -> dict[str, dict[int, Series]]:
-        """The series of the given quantities: name -> step -> series."""
-        selected: dict[str, dict[int, Series]] = defaultdict(dict)
-        for series in self.series:
-            if series.quantity in quantities:
-                selected[series.name][series.step] = series
-        return dict(selected)
-
-    def to_json(self) -> str:
-        """All of it as JSON; `from_json` is the inverse."""
-        return self.model_dump_json(indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The measurement that `to_json` wrote.
-
-        Raises:
-            pydantic.ValidationError: if the text is not one.
-        """
-        return cls.model_validate_json(text)
-
-    @property
-    def conditions(self) -> str:
-        """The widths, seeds and machine, in one line."""
-        widths, seeds = (", ".join(map(str, values)) for values in (self.widths, self.seeds))
-        skipped = f"\nleft out, not the same tensors at every width and step: {', '.join(self.skipped)}" if self.skipped else ""
-        return f"widths {widths}; seeds {seeds}; {self.environment.device}, torch {self.environment.torch}{skipped}"
-
-
-class CoordinateCheck(Measurement):
-    """How every activation, its change, and the spectral norms of W and ΔW grow with width, beside what theory predicts."""
-
-    tolerance: float
-
-    @property
-    def slopes(self) -> dict[str, dict[int, float | None]]:
-        """Activation -> step -> slope: at step 0 of its RMS at init, later of the RMS of its change since init."""
-        return _each(self.select("activation", "change"), "slope")
-
-    @property
-    def predicted(self) -> dict[str, dict[int, float | None]]:
-        """The same for the exponents theory gives: 0 for every change; None at init, where 0 and -1/2 are both right (THEORY P61)."""
-        return _each(self.select("activation", "change"), "predicted")
-
-    @property
-    def norm_slopes(self) -> dict[str, dict[int, float | None]]:
-        """Weight -> step -> slope: at step 0 of ‖W‖₂, later of ‖ΔW‖₂ since init."""
-        return _each(self.select("weight", "update"), "slope")
-
-    @property
-    def failures(self) -> tuple[Series, ...]:
-        """The changes whose slope is farther from 0 than the tolerance."""
-        moved = [series for series in self.series if series.quantity == "change" and series.slope is not None]
-        return tuple(series for series in moved if not abs(series.slope or 0) <= self.tolerance)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every activation's change is flat in width. Only changes decide (THEORY P61), and something must have changed."""
-        return not self.failures and any(series.quantity == "change" and series.slope is not None for series in self.series)
-
-    def __str__(self) -> str:
-        later = [step for step in self.steps if step]
-        failed = {series.name for series in self.failures}
-        rows = [["slope of log2 RMS", "at init", *(f"Δ, step {step}" for step in later)], ["predicted", "0 or -1/2", *("0" for _ in later)]]
-        for name, slopes in self.slopes.items():
-            rows.append([name, *(_signed(slopes.get(step)) for step in self.steps), "✗" if name in failed else ""])
-        norms = [["slope of log2 ‖·‖₂", "W", *(f"ΔW, step {step}" for step in later), "predicted"]]
-        for name, by_step in self.select("weight", "update").items():
-            norms.append([name, *(_signed(by_step[step].slope) for step in self.steps), _exponent(by_step[0].predicted)])
-        if self.passed:
-            verdict = f"passed: every change is flat, |slope| ≤ {self.tolerance}"
-        elif failed:
-            verdict = f"failed: the changes of {len(failed)} of {len(self.slopes)} activations are not flat, |slope| > {self.tolerance}"
-        else:
-            verdict = "failed: no activation changed, so nothing was checked"
-        return "\n\n".join((_columns(rows), _columns(norms), f"{verdict}\n{self.conditions}"))
-
-    def plot(self, path: str | Path) -> None:
-        """Writes a figure to `path`, one panel per step. `scaling.plots.coordinates` puts several checks into one figure.
-
-        Raises:
-            MissingExtra: if matplotlib is not installed.
-        """
-        from scaling import plots
-
-        plots.coordinates({"": self}, path)
-
-
-class Assumptions(Measurement):
-    """What the derivation assumes of gradients G, measured: each of these is Θ(1) over widths.
-
-    "rank": ‖G‖_*/‖G‖₂ (a low rank makes ⟨G, ΔW⟩ as large as ‖G‖_*‖ΔW‖₂, and all norms of G alike; seed);
-    "sign": ‖sign G‖₂/√(fan_in·fan_out) (Adam's row of LEARNING_RATES; seed);
-    "gradient": ‖G‖₂/√(fan_in/fan_out) (SGD's row; under a muP parametrization without multipliers; seed);
-    "progress": |ΔL| of a step on its own batch.
-    """
-
-    def __str__(self) -> str:
-        symbols: dict[Quantity, str] = {
-            "rank": "‖G‖_*/‖G‖₂",
-            "sign": "‖sign G‖₂/√(fan_in·fan_out)",
-            "gradient": "‖G‖₂/√(fan_in/fan_out)",
-            "progress": "|ΔL| of a step",
-        }
-        rows = [["", "step", *(f"width {width}" for width in self.widths), "slope", "predicted"]]
-        for quantity, symbol in symbols.items():
-            rows.append([symbol])
-            for series in (series for series in self.series if series.quantity == quantity):
-                values = (f"{value:.3g}" for value in series.values)
-                rows.append([f"  {series.name}", str(series.step), *values, _signed(series.slope), _exponent(series.predicted)])
-        return f"{_columns(rows)}\n\n{self.conditions}"
 
 
 def coordinate_check(
@@ -223,7 +78,7 @@ def coordinate_check(
     given = _taken(batches, widths, seeds, steps[-1])
 
     def measure(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[Key, float]]:
-        weights = _Weights(model, table)
+        weights = WeightMaps(model, table)
         probe, start = _outputs(model, given[0], loss), weights.values()
         yield from _tagged("activation", 0, ((name, _rms(tensor)) for name, tensor in probe.items()))
         yield from _tagged("weight", 0, weights.norms(start))
@@ -235,7 +90,7 @@ def coordinate_check(
                 yield from _tagged("update", step, weights.norms(moved))
 
     runs, environment = _over_widths(build, widths, seeds, measure)
-    norms = _predicted_norms(table)
+    norms = predicted_norms(table)
     series, skipped = _series(runs, lambda key: 0.0 if key[0] == "change" else norms.get(key[1]))
     return CoordinateCheck(
         widths=tuple(widths),
@@ -276,14 +131,14 @@ def assumptions(
     given = _taken(batches, widths, seeds, 1 + max(steps, default=-1))
 
     def measure(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[Key, float]]:
-        weights = _Weights(model, table)
+        weights = WeightMaps(model, table)
         for step in range(steps[-1] + 1):
             batch = given[step % len(given)]
             before = _value(model, batch, loss)
             backward(model, optimizer, batch, loss)
             if step in steps:
                 matrices = [(name, maps) for name, maps in weights.maps(weights.gradients()) if min(maps.shape[1:]) > 1]
-                for quantity, of in _GRADIENT.items():
+                for quantity, of in GRADIENT.items():
                     yield from _tagged(quantity, step, ((name, of(maps)) for name, maps in matrices))
             optimizer.step()
             if step in steps:
@@ -294,100 +149,19 @@ def assumptions(
     return Assumptions(widths=tuple(widths), steps=steps, seeds=tuple(seeds), series=series, skipped=skipped, environment=environment)
 
 
-class _Weights:
-    """A model's trainable weights, each as the linear maps it is: (copies, fan_out, fan_in)."""
-
-    def __init__(self, model: nn.Module, table: ScalingTable | None) -> None:
-        self.trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.table = table
-        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
-        self.size = table.size_of(shapes) if table else 0
-
-    def values(self) -> dict[str, Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.trainable.items()}
-
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: weight.grad for name, weight in self.trainable.items() if weight.grad is not None}
-
-    def maps(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors.items():
-            if self.table is None or name not in self.table:
-                yield name, tensor.reshape(1, len(tensor) if tensor.ndim else 1, -1)
-            else:
-                yield from ((label, _map(tensor, block, self.size)) for label, block in _blocks(name, self.table))
-
-    def norms(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
-        """‖·‖₂ of every map, the largest copy's."""
-        return ((name, float(_norms(maps).max())) for name, maps in self.maps(tensors))
-
-
-def _blocks(name: str, table: ScalingTable) -> list[tuple[str, Block]]:
-    blocks = table[name].blocks
-    return [(f"{name} block {i}" if len(blocks) > 1 else name, block) for i, block in enumerate(blocks)]
-
-
-def _predicted_norms(table: ScalingTable | None) -> dict[str, float]:
-    if table is None:
-        return {}
-    return {label: float(exponent(block.spectral_norm)) for rule in table for name in rule.names for label, block in _blocks(name, table)}
-
-
-def _map(weight: Tensor, block: Block, size: int) -> Tensor:
-    """The block as (copies, fan_out, fan_in); each looked-up index is a map of its own, from one number to fan_out."""
-    factors = [factor for axis in block.axes for factor in axis]
-    extents = [slice(_at(factor.start, size), _at(factor.stop, size)) for factor in factors]
-    part = weight.reshape([_at(factor.size, size) for factor in factors])[tuple(extents)]
-    kinds = (("copy", "lookup"), ("out",), ("in",))
-    order = [[i for i, factor in enumerate(factors) if factor.part in kind] for kind in kinds]
-    return part.permute([*chain(*order)]).reshape([math.prod(part.shape[i] for i in axes) for axes in order])
-
-
-def _at(expression: sympy.Expr, size: int) -> int:
-    return int(expression.subs(WIDTH, size))
-
-
-def _norms(maps: Tensor) -> Tensor:
-    """Every copy's ‖·‖₂."""
-    return torch.linalg.matrix_norm(_full(maps), 2)
-
-
-def _rank(G: Tensor) -> float:
-    """‖G‖_*/‖G‖₂, the largest copy's; 0 for G = 0."""
-    return float(torch.nan_to_num(torch.linalg.matrix_norm(_full(G), "nuc") / _norms(G)).max())
-
-
-def _sign(G: Tensor) -> float:
-    """‖sign G‖₂/√(fan_in·fan_out), the largest copy's."""
-    return float(_norms(G.sign()).max()) / math.sqrt(G.shape[1] * G.shape[2])
-
-
-def _size(G: Tensor) -> float:
-    """copies·‖G‖₂/√(fan_in/fan_out), the largest copy's: each of `copies` maps sees 1/copies of the gradient."""
-    copies, fan_out, fan_in = G.shape
-    return copies * float(_norms(G).max()) / math.sqrt(fan_in / fan_out)
-
-
-_GRADIENT: dict[Quantity, Callable[[Tensor], float]] = {"rank": _rank, "sign": _sign, "gradient": _size}
-"""The quantities of `Assumptions` that are functions of a gradient (copies, fan_out, fan_in)."""
-
-
 def _tagged(quantity: Quantity, step: int, values: Iterable[tuple[str, float]]) -> Iterator[tuple[Key, float]]:
     return (((quantity, name, step), value) for name, value in values)
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _rms(tensor: Tensor) -> float:
-    return float(_full(tensor).square().mean().sqrt())
+    return float(full(tensor).square().mean().sqrt())
 
 
 def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
     """RMS of the difference of every tensor that is in both with the same shape; 0 where it is within rounding."""
     for name, old in before.items():
         if name in after and after[name].shape == old.shape:
-            change, rounding = _rms(_full(after[name]) - _full(old)), 4 * torch.finfo(old.dtype).eps * _rms(old)
+            change, rounding = _rms(full(after[name]) - full(old)), 4 * torch.finfo(old.dtype).eps * _rms(old)
             yield name, 0.0 if change <= rounding else change
 
 
@@ -491,24 +265,3 @@ def _fitted(widths: Sequence[int], values: Sequence[float]) -> float | None:
     if not all(0 < value < math.inf for value in values):
         return math.nan
     return linear_regression([math.log2(width) for width in widths], [math.log2(value) for value in values]).slope
-
-
-def _each(selected: dict[str, dict[int, Series]], field: str) -> dict[str, dict[int, float | None]]:
-    return {name: {step: getattr(series, field) for step, series in by_step.items()} for name, by_step in selected.items()}
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
-
-
-def _exponent(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
-
-
-def _columns(rows: list[list[str]]) -> str:
-    """Text in columns: the first one to the left, the others to the right."""
-    count = max(map(len, rows))
-    rows = [row + [""] * (count - len(row)) for row in rows]
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ("  ".join([row[0].ljust(first), *(cell.rjust(n) for cell, n in zip(row[1:], others, strict=True))]) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

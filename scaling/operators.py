@@ -327,6 +327,14 @@ def channels(call: Call) -> Written:
     return Written(f"b c {rest}, c, +c, +c, +c -> b c {rest}")
 
 
+def weight_norm(call: Call) -> Written:
+    """g·v/‖v‖: one g for every index of one axis of v, or for all of it."""
+    rank = len(call.shape)
+    v = [f"a{i}" for i in range(rank)]
+    g = [letter if size != (1,) * len(call.nodes) else "_" for letter, size in zip(v, _shape(call.tensors[1], call), strict=False)]
+    return Written(f"{' '.join(v)}, {' '.join(g)} -> {' '.join(v)}")
+
+
 def prelu(call: Call) -> Written:
     """One slope, or one per channel."""
     rest = " ".join(f"x{i}" for i in range(len(call.shape) - 2))
@@ -729,6 +737,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(attention, "scaled_dot_product_attention"),
     # lookups
     _signed("v! o, ... -> ... o", "embedding"),
+    _signed(weight_norm, "_weight_norm"),
     # gains and biases
     _signed(layer_norm, "layer_norm rms_norm"),
     _signed(channels, "batch_norm instance_norm"),

@@ -6,11 +6,33 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOTHING", "Exponent", "Pieces", "Root", "State", "joined", "least", "minus", "plus", "shared", "times", "top"]
+__all__ = [
+    "CONSTANT",
+    "NOTHING",
+    "UNKNOWN",
+    "ZERO",
+    "Exponent",
+    "Pieces",
+    "Root",
+    "State",
+    "joined",
+    "least",
+    "minus",
+    "plus",
+    "shared",
+    "times",
+    "top",
+    "zipped",
+]
+
+R = TypeVar("R")
+S = TypeVar("S")
+T = TypeVar("T")
 
 Exponent = Fraction | float | None
 """The power of d that a size follows: a Fraction; NOTHING where the value is exactly zero; None where it is not known."""
@@ -119,7 +141,7 @@ def joined(states: Sequence[State]) -> State:
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces[T]:
+class Pieces(Generic[T]):
     """A value whose parts may differ: `labels`, of the value's shape at the first width, index `parts`; None where all is one part."""
 
     parts: tuple[T, ...]
@@ -146,7 +168,7 @@ class Pieces[T]:
         """All parts as one."""
         return self.parts[0] if len(self.parts) == 1 else join(self.parts)
 
-    def each[S](self, function: Callable[[T], S]) -> Pieces[S]:
+    def each(self, function: Callable[[T], S]) -> Pieces[S]:
         """The function of every part."""
         parts = [function(part) for part in self.parts]
         return Pieces(tuple(parts)) if self.labels is None else Pieces.labelled(parts, self.labels)
@@ -165,7 +187,7 @@ class Pieces[T]:
         return [int(i) + 1 for i in (rows[1:] != rows[:-1]).any(1).nonzero().flatten()]
 
 
-def zipped[S, T, R](function: Callable[[S, T], R], a: Pieces[S], b: Pieces[T], shape: Sequence[int]) -> Pieces[R]:
+def zipped(function: Callable[[S, T], R], a: Pieces[S], b: Pieces[T], shape: Sequence[int]) -> Pieces[R]:
     """The function of every pair of parts that meet, broadcast to a shape."""
     if a.labels is None and b.labels is None:
         return Pieces.of(function(a.parts[0], b.parts[0]))

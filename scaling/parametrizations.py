@@ -233,7 +233,8 @@ def unchanged_gap(block: Block, family: str, s: sympy.Rational) -> Law:
     """
     law = _folding("table3", block, family)
     if block.role == "output":
-        law = law.model_copy(update={"init_std": law.init_std * block.fan_in**s})
+        lr = law.lr / block.fan_in**s if class_of(family).relative else law.lr
+        law = law.model_copy(update={"init_std": law.init_std * block.fan_in**s, "lr": lr, "weight_decay": 1 / lr})
     elif block.role != "scalar":
         lr = _slowed(law.lr, block, family, s)
         law = law.model_copy(update={"lr": lr, "weight_decay": 1 / lr})
@@ -292,7 +293,22 @@ def parametrization(table: ScalingTable, name: str, family: str = "adam", *, s: 
         raise UnknownName("parametrization", name, PARAMETRIZATIONS)
     options = _options(name, s)
     laws = {rule.name: tuple(_law(name, block, family, options) for block in rule.blocks) for rule in table}
-    return Parametrization(name=name if s is None else f"UP_{options[0][1]}", family=family, laws=laws)
+    ties = {} if name in FOLLOW_TIES else {rule.name: _ratios(name, rule, family, options) for rule in table if len(rule.uses) > 1}
+    return Parametrization(name=name if s is None else f"UP_{options[0][1]}", family=family, laws=laws, ties=ties)
+
+
+FOLLOW_TIES = ("spectral", "table3", "table8", "table9", "u-mup")
+"""The parametrizations that want of a tied weight what the table wants; the others want at each use what they want of such a map."""
+
+
+def _ratios(name: str, rule: WeightRule, family: str, options: tuple[tuple[str, sympy.Expr], ...]) -> tuple[sympy.Expr, ...]:
+    """The multipliers of a tied weight's uses over the first: 1 for torch's habit, else as m·σ of the parametrization asks."""
+    if name == "standard":
+        return (ONE,) * len(rule.uses)
+    fans = ({"fan_in": use.fan_in, "fan_out": use.fan_out, "copies": use.copies, "lookup": use.lookup} for use in rule.uses)
+    laws = [_law(name, rule.blocks[0].model_copy(update=update), family, options) for update in fans]
+    scales = [law.multiplier * law.init_std for law in laws if law.init_std is not None]
+    return tuple(scale / scales[0] for scale in scales)
 
 
 def _options(name: str, s: object) -> tuple[tuple[str, sympy.Expr], ...]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from scaling.measure import CoordinateCheck, Series
+    from scaling.measured import CoordinateCheck, Series
     from scaling.sweep import LearningRateSweep
 
 __all__ = ["coordinates", "learning_rates"]
@@ -33,7 +33,7 @@ def learning_rates(sweeps: Mapping[str, LearningRateSweep], path: str | Path, *,
     low, high = min(losses), max(losses)
     for panel, (title, sweep) in zip(panels, sweeps.items(), strict=False):
         _curves(panel, sweep)
-        panel.set_ylim(low - 0.04 * (high - low), low + 0.55 * (high - low))
+        panel.set_ylim(low - 0.04 * (high - low), low + 0.6 * (high - low))
         panel.set_title(title, fontsize=11)
     _save(figure, path)
 
@@ -75,7 +75,7 @@ def _curves(panel: Axes, sweep: LearningRateSweep) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xlabel("learning rate")
     panel.set_ylabel("training loss")
-    panel.legend(title="width", fontsize=8, title_fontsize=8, loc="upper center", ncols=len(sweep.widths), frameon=False)
+    panel.legend(title="width", fontsize=8, title_fontsize=8, loc="upper center", ncols=len(sweep.widths), framealpha=0.9, edgecolor="none")
 
 
 def _lines(panel: Axes, check: CoordinateCheck, group: Sequence[Series]) -> None:

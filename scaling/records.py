@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -291,11 +291,16 @@ class Law(Record):
 
 
 class Parametrization(Record):
-    """A parametrization of a whole model for one optimizer `family`: per weight one law for each of the table's blocks."""
+    """A parametrization of a whole model for one optimizer `family`: per weight one law for each of the table's blocks.
+
+    A law's multiplier is that of the weight's first use. `ties`: of a weight with several uses, the multiplier of each over that of the
+    first; where a weight is not in it, the ratios are the table's.
+    """
 
     name: str
     family: str
     laws: dict[str, tuple[Law, ...]]
+    ties: dict[str, tuple[Exact, ...]] = {}
 
 
 class AxisClass(Record):
@@ -437,6 +442,19 @@ class ScalingTable(Record):
             UnknownName: if no weight has this name.
         """
         return _formats().explain(self, name)
+
+    def gauge(self, to: str | Mapping[str, object]) -> ScalingTable:
+        """The same dynamics with the forward multipliers elsewhere: an exact abc shift of every rule.
+
+        Args:
+            to: "table3", "table8", "table9", "u-mup", or `{weight pattern: multiplier}`; see `scaling.parametrizations.gauge`.
+
+        Raises:
+            UnknownName: for an unknown name, or a pattern that matches no weight.
+        """
+        from scaling import parametrizations
+
+        return parametrizations.gauge(self, to)
 
     def __str__(self) -> str:
         return self.to_text()

@@ -107,14 +107,16 @@ class LearningRateSweep(Record):
             f"{width:>8}  {lr:>10.3g}  {self.fitted_optima[width]:>10.3g}  {self.losses(width)[lr]:>7.3f}"
             for width, lr in self.optima.items()
         ]
-        edge = f"; at the grid's edge: width {', '.join(map(str, self.at_edge))}" if self.at_edge else ""
-        lost = [width for width in self.widths if width not in self.optima]
-        lost_ = f"; every run diverged: width {', '.join(map(str, lost))}" if lost else ""
-        drift = f"the optimum moves by {self.drift} steps of the grid{edge}{lost_}"
-        seeds = ", ".join(map(str, self.seeds))
-        return "\n".join(
-            (head, *lines, f"{drift}\n{self.steps} steps; seeds {seeds}; {self.environment.device}, torch {self.environment.torch}")
+        drift = f"the optimum moves by {self.drift} step{'s' * (self.drift != 1)} of the grid"
+        if self.at_edge:
+            drift += f"; it is at the grid's edge at width {', '.join(map(str, self.at_edge))}"
+        lost = [str(width) for width in self.widths if width not in self.optima]
+        if lost:
+            drift += f"; every run diverged at width {', '.join(lost)}"
+        conditions = (
+            f"{self.steps} steps; seeds {', '.join(map(str, self.seeds))}; {self.environment.device}, torch {self.environment.torch}"
         )
+        return "\n".join((head, *lines, drift, conditions))
 
     def plot(self, path: str | Path) -> None:
         """Writes a figure to `path`. `scaling.plots.learning_rates` puts several sweeps into one figure.

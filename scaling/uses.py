@@ -82,12 +82,14 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
         inputs = [n for n in call.tensors if n is not None]
         weights = [n for n in dict.fromkeys(inputs) if n in graph.weight_only]
         if weights and not known(call):
-            raise UnsupportedOperator(call.name, _leaf(graph, weights[0]).names[0], str(call.source))
-        if node.op == "call_function" and node not in graph.weight_only:
+            raise UnsupportedOperator(call.name, graph.weight_of(weights[0]).names[0], str(call.source))
+        if node in graph.weight_only and not call.names:
+            weights = [n for n in weights if graph.weight_of(n) is not graph.weight_of(node)]  # what scales it is a use of its own
+        if node.op == "call_function" and (weights or node not in graph.weight_only):
             bound = bind(call, axes)
             operator = rule_of(call)
             if weights and bound is None and operator is not None and operator.moves is None:
-                raise UnsupportedOperator(call.name, _leaf(graph, weights[0]).names[0], str(call.source))
+                raise UnsupportedOperator(call.name, graph.weight_of(weights[0]).names[0], str(call.source))
             for weight in weights:
                 uses.append(_use(graph, axes, call, weight))
                 _mark(graph, axes, call, weight, bound)
@@ -97,15 +99,11 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
     return uses, dots
 
 
-def _leaf(graph: LayerGraph, node: fx.Node) -> Call:
-    return graph.calls[_chain(graph, node)[0]]
-
-
 def _chain(graph: LayerGraph, node: fx.Node) -> list[fx.Node]:
     """From the weight to the operand, through operators on it alone."""
     chain = [node]
     while not graph.calls[chain[0]].names:
-        chain.insert(0, next(n for n in chain[0].all_input_nodes if n in graph.weight_only))
+        chain.insert(0, graph.followed(chain[0]))
     return chain
 
 

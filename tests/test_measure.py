@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scaling import measure, plots
+from scaling import maps, measure, plots
 from scaling.errors import CannotMeasure, MissingExtra
 from scaling.limits import WIDTH
 from scaling.measure import Assumptions, CoordinateCheck, LearningRateSweep, assumptions, coordinate_check, learning_rate_sweep
@@ -291,10 +291,23 @@ def test_fused_blocks_have_norms_of_their_own():
     weight = nn.Linear(8, 24, bias=False)
     blocks = tuple(part(i * WIDTH, (i + 1) * WIDTH) for i in range(3))
     fused = WeightRule(names=("weight",), shape=(24, 8), dims=(3 * WIDTH, WIDTH), uses=(), blocks=blocks)
-    weights = measure._Weights(weight, table_of(fused, size=8))
+    weights = maps.WeightMaps(weight, table_of(fused, size=8))
     norms = dict(weights.norms(weights.values()))
     expected = {f"weight block {i}": float(torch.linalg.matrix_norm(chunk, 2)) for i, chunk in enumerate(weight.weight.detach().chunk(3))}
     assert norms == pytest.approx(expected)
+
+
+def test_a_map_has_its_fans_where_the_table_says_and_not_where_the_shape_does():
+    conv1d, conv = (
+        rule("conv1d", (8, 10), [(WIDTH, "in")], [(10, "out")]),
+        rule("conv", (8, 4, 3), [(WIDTH, "out")], [(4, "in")], [(3, "in")]),
+    )
+    model = nn.ParameterDict({"conv1d": nn.Parameter(torch.randn(8, 10)), "conv": nn.Parameter(torch.randn(8, 4, 3))})
+    weights = maps.WeightMaps(model, table_of(conv1d, conv, size=8))
+    found = dict(weights.maps(weights.values()))
+    assert torch.equal(found["conv1d"][0], model["conv1d"].T)
+    assert torch.equal(found["conv"][0], model["conv"].flatten(1))
+    assert maps.predicted_norms(table_of(conv1d, conv, size=8)) == {"conv1d": -0.5, "conv": 0.5}
 
 
 def test_norms_of_table_3_follow_the_spectral_condition(mup_adam):
@@ -326,12 +339,13 @@ def test_the_default_parametrization_has_gradients_of_other_sizes(data):
 def test_ratios_of_known_gradients():
     G = torch.zeros(1, 6, 4)
     G[0, 0, 0], G[0, 1, 1] = 2.0, 1.0
-    assert measure._rank(G) == pytest.approx(1.5)
-    assert measure._sign(torch.outer(torch.randn(6), torch.randn(4))[None]) == pytest.approx(1), "THEORY 6.3: the sign of rank one"
-    assert measure._size(G) == pytest.approx(2 / math.sqrt(4 / 6))
-    assert measure._rank(torch.zeros(1, 6, 4)) == 0
+    assert maps.nuclear_ratio(G) == pytest.approx(1.5)
+    assert maps.sign_ratio(torch.outer(torch.randn(6), torch.randn(4))[None]) == pytest.approx(1), "THEORY 6.3: the sign of rank one"
+    assert maps.relative_norm(G) == pytest.approx(2 / math.sqrt(4 / 6))
+    assert maps.nuclear_ratio(torch.zeros(1, 6, 4)) == 0
+    assert math.isnan(maps.nuclear_ratio(G / 0))
     n = 256
-    assert measure._sign(torch.randn(1, n, n)) == pytest.approx(2 / math.sqrt(n), rel=0.05), "THEORY 6.3: 0.123 at 256"
+    assert maps.sign_ratio(torch.randn(1, n, n)) == pytest.approx(2 / math.sqrt(n), rel=0.05), "THEORY 6.3: 0.123 at 256"
 
 
 # learning-rate sweep
@@ -391,7 +405,7 @@ def test_a_run_that_diverges_has_an_infinite_loss_and_survives_json():
 def test_a_width_at_which_every_run_diverges_is_said():
     sweep = learning_rate_sweep(build_valley, [None], (4,), [1e30], steps=20, loss=valley, progress=None)
     assert sweep.optima == {}
-    assert "every run diverged: width 4" in str(sweep)
+    assert "every run diverged at width 4" in str(sweep)
 
 
 def test_the_schedule_multiplies_every_groups_learning_rate():
