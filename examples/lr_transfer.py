@@ -76,6 +76,12 @@ class Results(Record):
         return self.model_copy(update={"runs": {**self.runs, arm: (*self.runs.get(arm, ()), run)}})
 
 
+def tasks_of(arms: Iterable[str], widths: Iterable[int], log2_rates: Iterable[int], seeds: Iterable[int], steps: int) -> list[Task]:
+    """All runs of the grid, seed by seed, the longest first."""
+    grid = product(seeds, sorted(widths, reverse=True), arms, log2_rates)
+    return [Task(arm=arm, width=width, log2_rate=rate, seed=seed, steps=steps) for seed, width, arm, rate in grid]
+
+
 @cache
 def builder(arm: str) -> Build:
     """The arm's `build(width, lr)`."""
@@ -126,8 +132,7 @@ def main(arguments: Iterable[str]) -> None:
     path: Path = options.out / "lr_transfer.json"
     results = loaded(path, None if options.plot_only else options.steps)
     if not options.plot_only:
-        grid = product(options.seeds, sorted(options.widths, reverse=True), options.arms, LOG2_RATES)
-        tasks = [Task(arm=arm, width=width, log2_rate=rate, seed=seed, steps=options.steps) for seed, width, arm, rate in grid]
+        tasks = tasks_of(options.arms, options.widths, LOG2_RATES, options.seeds, options.steps)
         results = run([task for task in tasks if not results.has(task)], results, path, options.workers)
     sweeps = results.sweeps()
     plots.learning_rates(sweeps, path.with_suffix(".png"))

@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
 from arms import default, derived, gpt_table
 from gpt import batches
-from lr_transfer import ARMS, Results, Task, run
+from lr_transfer import ARMS, Results, run, tasks_of
 
 from scaling import plots
 from scaling.measure import CoordinateCheck, LearningRateSweep, coordinate_check
@@ -35,13 +34,12 @@ class Size(Record):
 
 
 SMOKE = Size(widths=(32, 64), log2_rates=(-8, -6, -4), steps=20, check_widths=(96, 192, 384), check_seeds=(0,))
-FULL = Size(widths=(32, 64, 128), log2_rates=(-9, -8, -7, -6, -5, -4, -3), steps=150, check_widths=(64, 128, 256, 512), check_seeds=(0, 1))
+FULL = Size(widths=(32, 64, 128), log2_rates=(-8, -7, -6, -5, -4, -3, -2), steps=150, check_widths=(64, 128, 256, 512), check_seeds=(0, 1))
 
 
 def sweeps(size: Size, path: Path, workers: int) -> dict[str, LearningRateSweep]:
     """Loss against learning rate, for Adam and Muon, by default and by the table; the runs go to `path`."""
-    grid = product(reversed(size.widths), ARMS, size.log2_rates)
-    tasks = [Task(arm=arm, width=width, log2_rate=rate, seed=0, steps=size.steps) for width, arm, rate in grid]
+    tasks = tasks_of(ARMS, size.widths, size.log2_rates, (0,), size.steps)
     return run(tasks, Results.empty(size.steps), path, workers).sweeps()
 
 

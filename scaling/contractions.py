@@ -72,7 +72,7 @@ def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> 
     data = [n for n in dict.fromkeys(call.tensors) if n is not None and n in graph.data]
     if node.op != "call_function":
         return None
-    own = [(graph.weight_of(weight), selection) for weight in weights]
+    own = [(next(iter(graph.made_of(weight))), selection) for weight in weights]
     if weights and call.name not in {"aten.add", "aten.sub"}:
         return own
     if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):

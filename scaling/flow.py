@@ -16,9 +16,9 @@ from scaling.folding import fold, template
 from scaling.graph import Call
 from scaling.limits import exponent
 from scaling.orders import CONSTANT, NOTHING, UNKNOWN, ZERO, Exponent, Pieces, State, joined, minus, plus, times, top, zipped
-from scaling.propagation import HALF, MOVES, Context, Pull, propagate
 from scaling.parametrizations import CLASSES, class_of, family_of, gradient_norm
 from scaling.parametrizations import parametrization as own
+from scaling.propagation import HALF, MOVES, Context, Pull, propagate
 from scaling.records import Block, Exact, Law, Parametrization, Record, ScalingTable, Source, WeightRule
 from scaling.uses import Dot, WeightUse, uses_of
 
@@ -397,14 +397,13 @@ def _sizes(block: Block, law: Law, family: str) -> _BlockSizes:
     stored = block.model_copy(update={"multiplier": law.multiplier})
     entries = sympy.sqrt(block.fan_in * block.fan_out)
     sigma = block.init_std if law.init_std is None else law.init_std
-    degree = sympy.Rational(found.degree)
     return _BlockSizes(
         init=NOTHING if law.init_std is None else _order(law.init_std * law.multiplier),
         multiplier=_order(law.multiplier),
         lr=_order(law.lr),
         entry=_order(found.norm(stored, sigma) / entries),
         wanted=_order(gradient_norm(stored) / entries),
-        degree=Fraction(int(degree.p), int(degree.q)),
+        degree=Fraction(str(found.degree)),
         elements=sum((_order(dim) for dim in block.dims), ZERO),
     )
 

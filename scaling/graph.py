@@ -100,6 +100,12 @@ def operator_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+COMBINE = {
+    f"aten.{name}" for name in ("add", "sub", "mul", "div", "_weight_norm", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "einsum")
+}
+"""Operators that make one weight out of several: weight and spectral norm, merged adapters."""
+
+
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
     """The layer graph. `digraph` has the fx nodes of the first width; `calls` has each of them at every width, in execution order."""
@@ -120,20 +126,20 @@ class LayerGraph:
         """Nodes whose value follows from an input, or from a weight that has been used."""
         return frozenset(node for node, kind in self._kinds.items() if kind == "data")
 
-    def followed(self, node: fx.Node) -> fx.Node:
-        """The weight-only input that a weight-only node is a form of: the one with the node's own number of entries, or the first."""
-        inputs = [n for n in node.all_input_nodes if n in self.weight_only]
-        return next((n for n in inputs if _count(n) == _count(node)), inputs[0])
-
-    def weight_of(self, node: fx.Node) -> Call:
-        """The weight that a weight-only node is a form of."""
-        while not self.calls[node].names:
-            node = self.followed(node)
-        return self.calls[node]
+    def made_of(self, node: fx.Node) -> dict[Call, tuple[fx.Node, ...]]:
+        """The weights that a weight-only node is made of, each with the nodes from it to here; the main one (W in W + B·A) first."""
+        if self.calls[node].names:
+            return {self.calls[node]: (node,)}
+        inputs = sorted((n for n in node.all_input_nodes if n in self.weight_only), key=lambda n: _count(n) != _count(node))
+        out: dict[Call, tuple[fx.Node, ...]] = {}
+        for source in inputs:
+            for weight, path in self.made_of(source).items():
+                out.setdefault(weight, (*path, node))
+        return out
 
     @cached_property
     def weight_only(self) -> frozenset[fx.Node]:
-        """Weights, and what becomes of one weight before it meets data: a view, a cast, -exp(A_log), g·v/‖v‖ (a form of v)."""
+        """Weights, and what is made of weights before data is met: a view, a cast, -exp(A_log), g·v/‖v‖, W + B·A."""
         return frozenset(node for node, kind in self._kinds.items() if kind == "weight")
 
     @cached_property
@@ -149,7 +155,7 @@ class LayerGraph:
                 weights = inputs.count("weight")
                 if (
                     "data" in inputs
-                    or (weights > 1 and not _scales(call, [n for n in node.all_input_nodes if kinds[n] == "weight"]))
+                    or (weights > 1 and call.name not in COMBINE)
                     or (call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights)
                 ):
                     kinds[node] = "data"
@@ -161,12 +167,6 @@ class LayerGraph:
 def _count(node: fx.Node) -> int:
     value = node.meta["val"]
     return value.numel() if isinstance(value, Tensor) else 0
-
-
-def _scales(call: Call, weights: list[fx.Node]) -> bool:
-    """Whether an operator on weights alone only scales one of them: weight norm, spectral norm, a gain on a table."""
-    full = [n for n in weights if _count(n) == _count(call.node)]
-    return call.name in {"aten.mul", "aten.div", "aten._weight_norm"} and len(full) == 1
 
 
 def align(recordings: Sequence[Recording], labels: Sequence[str]) -> LayerGraph:

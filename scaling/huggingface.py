@@ -30,6 +30,7 @@ HEAD_FIELDS = re.compile(
     r"|(en|de)coder_num_(attention|key_value)_heads|multi_query_group_num"
 )
 
+
 def at_twice_the_width(model: nn.Module) -> nn.Module | None:
     """The model's class built from its scaled config, on the meta device; None if it has no config or cannot be built."""
     config = getattr(model, "config", None)

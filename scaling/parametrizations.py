@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sympy
 
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 ONE = sympy.Integer(1)
+HALF: sympy.Expr = sympy.Rational(1, 2)
 INFINITY = sympy.oo
 
 
@@ -46,16 +47,17 @@ INFINITY = sympy.oo
 class OptimizerClass(NamedTuple):
     """What the counting needs of an optimizer: how large its update U of a weight is, and how it answers to a rescaled gradient.
 
-    `norm` is ‖U‖₂ of a map at the gradient of `gradient_norm`, for entries of standard deviation σ. `degree` is the p of
-    U(cG) = c^p·U(G). `relative`: U is proportional to ‖W‖ as well.
+    `norm` is ‖U‖₂ of a map at the gradient of `gradient_norm`, for entries of standard deviation σ, and `says` the same in words.
+    `degree` is the p of U(cG) = c^p·U(G). `relative`: U is proportional to ‖W‖ as well.
     """
 
+    says: str
     norm: Callable[[Map, sympy.Expr], sympy.Expr]
-    degree: sympy.Rational
+    degree: sympy.Expr
     relative: bool = False
 
     @property
-    def shift(self) -> sympy.Rational:
+    def shift(self) -> sympy.Expr:
         """The power of 1/θ that the learning rate gets when the multiplier gets θ."""
         return sympy.Integer(0) if self.relative else 1 + self.degree
 
@@ -74,22 +76,32 @@ def gradient_norm(use: Map) -> sympy.Expr:
     return use.multiplier * use.input_scale / use.target * sympy.sqrt(use.fan_in / use.fan_out) / use.copies
 
 
-def shampoo(inverse: sympy.Rational) -> OptimizerClass:
-    """L^-e·G·R^-e with both inverse exponents in total `inverse` (1/2 is Gupta et al. 2018, arXiv 1802.09568): ‖U‖₂ = ‖G‖₂^(1 - 2·inverse)."""
+def shampoo(inverse: sympy.Expr) -> OptimizerClass:
+    """L^-e·G·R^-e with 2e = `inverse`, which makes ‖U‖₂ = ‖G‖₂^(1 - 2·inverse); 1/2 is Gupta et al. 2018, arXiv 1802.09568."""
     degree = 1 - 2 * inverse
-    return OptimizerClass(lambda use, sigma: gradient_norm(use) ** degree, degree)
+    says = f"U = L^-e·G·R^-e with 2e = {inverse}: ‖U‖₂ ≍ ‖G‖₂^({degree}), ‖G‖₂ ≍ m·(s_x/s_y)·√(fan_in/fan_out)/copies"
+    return OptimizerClass(says, lambda use, sigma: gradient_norm(use) ** degree, degree)
 
 
-GRADIENT = OptimizerClass(lambda use, sigma: gradient_norm(use), ONE)
-SIGN = OptimizerClass(lambda use, sigma: sympy.sqrt(use.fan_in * use.fan_out), sympy.Integer(0))
-UNIT = OptimizerClass(lambda use, sigma: ONE, sympy.Integer(0))
-RELATIVE = OptimizerClass(lambda use, sigma: sigma * sympy.sqrt(use.fan_in * use.fan_out), sympy.Integer(0), relative=True)
+GRADIENT = OptimizerClass(
+    "U = G, of low rank: ‖U‖₂ ≍ m·(s_x/s_y)·√(fan_in/fan_out)/copies", lambda use, sigma: gradient_norm(use), sympy.Integer(1)
+)
+SIGN = OptimizerClass(
+    "U sign-like, of low rank: ‖U‖₂ ≍ √(fan_in·fan_out)", lambda use, sigma: sympy.sqrt(use.fan_in * use.fan_out), sympy.Integer(0)
+)
+UNIT = OptimizerClass("U has spectral norm 1", lambda use, sigma: ONE, sympy.Integer(0))
+RELATIVE = OptimizerClass(
+    "U has the norm of W and is of low rank: ‖U‖₂ ≍ σ·√(fan_in·fan_out)",
+    lambda use, sigma: sigma * sympy.sqrt(use.fan_in * use.fan_out),
+    sympy.Integer(0),
+    relative=True,
+)
 
 CLASSES: dict[str, OptimizerClass] = {
     **dict.fromkeys(("sgd", "momentum"), GRADIENT),
     **dict.fromkeys(("adam", "adamw", "sign", "lion"), SIGN),
     **dict.fromkeys(("muon", "msign", "sn", "svc", "adam-msign", "adam-sn"), UNIT),
-    "shampoo": shampoo(sympy.Rational(1, 2)),
+    "shampoo": shampoo(HALF),
     **dict.fromkeys(("adafactor", "lars", "lamb"), RELATIVE),
 }
 """Optimizer -> its class. "adafactor" is the one with parameter scaling (THEORY 1.4); without, it is "adam"."""
@@ -222,11 +234,11 @@ def standard(block: Block, family: str) -> Law:
 def ntk(block: Block, family: str) -> Law:
     """The neural tangent kernel's, UP_{1/2} in another gauge."""
     law = _published("ntk", block, family)
-    lr = law.lr if class_of(family) in (GRADIENT, SIGN) else _slowed(law.lr, block, family, sympy.Rational(1, 2))
-    return law.model_copy(update={"lr": lr, "weight_decay": 1 / lr, "eps": _kernel_epsilon(block, law, sympy.Rational(1, 2))})
+    lr = law.lr if class_of(family) in (GRADIENT, SIGN) else _slowed(law.lr, block, family, HALF)
+    return law.model_copy(update={"lr": lr, "weight_decay": 1 / lr, "eps": _kernel_epsilon(block, law, HALF)})
 
 
-def unchanged_gap(block: Block, family: str, s: sympy.Rational) -> Law:
+def unchanged_gap(block: Block, family: str, s: sympy.Expr) -> Law:
     """UP_s: every layer but the last moves d^-s of what muP moves it; the last starts d^s larger (arXiv 2308.01814, remark 2.8.25).
 
     UP_0 is muP, UP_{1/2} the kernel limit.
@@ -241,14 +253,14 @@ def unchanged_gap(block: Block, family: str, s: sympy.Rational) -> Law:
     return law.model_copy(update={"eps": law.eps * (block.copies * block.fan_out) ** s})
 
 
-def _slowed(lr: sympy.Expr, block: Block, family: str, s: sympy.Rational) -> sympy.Expr:
+def _slowed(lr: sympy.Expr, block: Block, family: str, s: sympy.Expr) -> sympy.Expr:
     """The rate of a layer before the last; the readout's larger init has made its gradients d^s larger already."""
     if block.role in {"output", "scalar"}:
         return lr
     return lr * (block.copies * block.fan_out) ** (-s * (1 + class_of(family).degree))
 
 
-def _kernel_epsilon(block: Block, law: Law, s: sympy.Rational) -> sympy.Expr:
+def _kernel_epsilon(block: Block, law: Law, s: sympy.Expr) -> sympy.Expr:
     """ε as the gradient's entries, m·(copies·fan_out)^(s - 1), where the readout starts d^s larger (arXiv 2308.01814, eq. 2.26)."""
     return law.multiplier * (block.copies * block.fan_out) ** (s - 1)
 
@@ -267,8 +279,12 @@ PARAMETRIZATIONS: dict[str, Callable[..., Law]] = {
 """Name -> the law it has for a block under an optimizer. A new parametrization is one line here."""
 
 
+def _law(name: str, block: Any, family: str, options: tuple[tuple[str, sympy.Expr], ...]) -> Law:
+    return _cached_law(name, block, family, options)
+
+
 @cache
-def _law(name: str, block: Block, family: str, options: tuple[tuple[str, sympy.Expr], ...]) -> Law:
+def _cached_law(name: str, block: Block, family: str, options: tuple[tuple[str, sympy.Expr], ...]) -> Law:
     return PARAMETRIZATIONS[name](block, family_of(block, family), **dict(options))
 
 
@@ -313,8 +329,9 @@ def _ratios(name: str, rule: WeightRule, family: str, options: tuple[tuple[str, 
 
 def _options(name: str, s: object) -> tuple[tuple[str, sympy.Expr], ...]:
     if (name == "up") != (s is not None):
-        message = f"parametrization {name!r} {'needs s, a rational in [0, 1/2]' if name == 'up' else 'takes no s'}"
-        raise ScalingError(f"{message}: parametrization(table, 'up', s='1/4')")
+        what = "needs s, a rational in [0, 1/2]" if name == "up" else "takes no s"
+        message = f"parametrization {name!r} {what}: parametrization(table, 'up', s='1/4')"
+        raise ScalingError(message)
     if s is None:
         return ()
     value = exact(s)
@@ -476,7 +493,7 @@ def _moved(rule: WeightRule, multiplier: sympy.Expr) -> WeightRule:
     if theta == 1:
         return rule
     blocks = tuple(block.model_copy(update={"multiplier": block.multiplier * theta}) for block in rule.blocks)
-    uses = tuple(use.model_copy(update={"multiplier": use.multiplier * theta}) for use in rule.uses)
+    uses = tuple(use.model_copy(update={"multiplier": use.multiplier}) for use in rule.uses)
     notes = [note for note in rule.notes if not note.startswith("tied: its use at")]
     if len(uses) > 1:
         notes += [f"tied: its use at {use.source} is multiplied by {use.multiplier}" for use in uses if use.multiplier != 1]

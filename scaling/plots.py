@@ -24,17 +24,23 @@ PASSED, FAILED, GUIDE = "#3b6ea5", "#c8452f", "#888888"
 def learning_rates(sweeps: Mapping[str, LearningRateSweep], path: str | Path, *, columns: int = 2) -> None:
     """Writes one panel per sweep, titled with its key: final loss against learning rate, a curve per width, the optima marked.
 
+    Panels of one row share the scale of the loss.
+
     Raises:
         MissingExtra: if matplotlib is not installed.
     """
-    figure, panels = _figure(len(sweeps), min(columns, len(sweeps)), size=(5.2, 3.9))
-    losses = [loss for sweep in sweeps.values() for width in sweep.widths for loss in sweep.losses(width).values() if loss < math.inf]
-    # Past the middle of the range are runs that hardly trained: they would press the minima flat.
-    low, high = min(losses), max(losses)
-    for panel, (title, sweep) in zip(panels, sweeps.items(), strict=False):
-        _curves(panel, sweep)
-        panel.set_ylim(low - 0.04 * (high - low), low + 0.6 * (high - low))
-        panel.set_title(title, fontsize=11)
+    columns = min(columns, len(sweeps))
+    figure, panels = _figure(len(sweeps), columns, size=(5.2, 3.9))
+    titles = list(sweeps)
+    for row in range(0, len(titles), columns):
+        group = titles[row : row + columns]
+        losses = [loss for title in group for width in sweeps[title].widths for loss in sweeps[title].losses(width).values()]
+        low, high = min(losses), max(loss for loss in losses if loss < math.inf)
+        for title, panel in zip(group, panels[row:], strict=False):
+            _curves(panel, sweeps[title])
+            # Past the middle of the range are runs that hardly trained: they would press the minima flat.
+            panel.set_ylim(low - 0.04 * (high - low), low + 0.6 * (high - low))
+            panel.set_title(title, fontsize=11)
     _save(figure, path)
 
 

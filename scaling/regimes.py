@@ -1,4 +1,4 @@
-"""The regime a parametrization trains in, from the theorems of Tensor Programs IV and IVb: kernel, feature learning, muP, unstable, trivial.
+"""The regime a parametrization trains in, by the theorems of Tensor Programs IV and IVb: muP, feature learning, kernel, unstable, trivial.
 
 The theorems are stated here in excesses over muP: the power of d by which a layer's init, and its change in a step, are larger than
 muP has them. In these every layer before the last looks alike, whatever its shape, and a model is one list of layers before the last,
@@ -117,7 +117,6 @@ def _stable(
 # --- abc lists: a chain of layers ---------------------------------------------------------------------------------------------------
 
 
-@cache
 def _layers(count: int) -> tuple[Block, ...]:
     """Input, hidden…, output: d of everything that grows, 1 of everything else."""
     if count < 2:
@@ -129,11 +128,14 @@ def _layers(count: int) -> tuple[Block, ...]:
 
 
 @cache
-def _wanted(layer: Block, found: OptimizerClass) -> tuple[sympy.Expr, sympy.Expr]:
-    """(a + b, (1 + p)·a + c) that muP has at a layer, from the spectral condition; for relative steps the second is a + b + c."""
-    sigma = optimizers.init_std(layer)
-    init, rate = -order(sigma), -order(found.rate(layer, sigma))
-    return init, rate + init if found.relative else rate
+def _wanted(count: int, found: OptimizerClass) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """(a + b, (1 + p)·a + c) that muP has at every layer, from the spectral condition; for relative steps the second is a + b + c."""
+    out = []
+    for layer in _layers(count):
+        sigma = optimizers.init_std(layer)
+        init, rate = -order(sigma), -order(found.rate(layer, sigma))
+        out.append((init, rate + init if found.relative else rate))
+    return out
 
 
 def classify(a: Sequence[object], b: Sequence[object], c: Sequence[object], optimizer: str = "sgd") -> Regime:
@@ -157,8 +159,7 @@ def classify(a: Sequence[object], b: Sequence[object], c: Sequence[object], opti
         message = f"a, b and c have {len(a)}, {len(b)} and {len(c)} layers; each has one entry per layer, [input, hidden…, output]"
         raise ScalingError(message)
     layers = []
-    for layer, ai, bi, ci in zip(_layers(len(a)), map(_power, a), map(_power, b), map(_power, c), strict=True):
-        init, update = _wanted(layer, found)
+    for (init, update), ai, bi, ci in zip(_wanted(len(a), found), map(_power, a), map(_power, b), map(_power, c), strict=True):
         moved = ai + bi + ci if found.relative else (1 + found.degree) * ai + ci
         layers.append(Excess(init - (ai + bi), update - moved, found.degree))
     return regime_of(layers[:-1], layers[-1:])
@@ -181,7 +182,7 @@ def maximal_rates(a: Sequence[object], b: Sequence[object], optimizer: str = "ad
     (-1/2, 1/2, 1)
     """
     found = class_of(optimizer)
-    _, wanted = _wanted(_layers(len(a))[-1], found)
+    _, wanted = _wanted(len(a), found)[-1]
     last = wanted - ((1 + found.degree) * _power(a[-1]) + (_power(b[-1]) if found.relative else 0))
     slack = classify(a, b, [*[0] * (len(a) - 1), last], optimizer).layers
     return (*(-r for r in slack), last)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from scaling.axes import Axes, Dim
+from scaling.axes import Atom, Axes, Dim
 from scaling.errors import UnsupportedOperator
 from scaling.graph import Call, LayerGraph, Size
 from scaling.operators import GATES, Binding, Label, apply, bind, known, rule_of
@@ -82,16 +82,14 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
         inputs = [n for n in call.tensors if n is not None]
         weights = [n for n in dict.fromkeys(inputs) if n in graph.weight_only]
         if weights and not known(call):
-            raise UnsupportedOperator(call.name, graph.weight_of(weights[0]).names[0], str(call.source))
-        if node in graph.weight_only and not call.names:
-            weights = [n for n in weights if graph.weight_of(n) is not graph.weight_of(node)]  # what scales it is a use of its own
-        if node.op == "call_function" and (weights or node not in graph.weight_only):
+            raise UnsupportedOperator(call.name, _main(graph, weights[0]), str(call.source))
+        if node.op == "call_function" and node not in graph.weight_only:
             bound = bind(call, axes)
             operator = rule_of(call)
             if weights and bound is None and operator is not None and operator.moves is None:
-                raise UnsupportedOperator(call.name, graph.weight_of(weights[0]).names[0], str(call.source))
+                raise UnsupportedOperator(call.name, _main(graph, weights[0]), str(call.source))
             for weight in weights:
-                uses.append(_use(graph, axes, call, weight))
+                uses += [_use(graph, axes, call, path) for path in graph.made_of(weight).values()]
                 _mark(graph, axes, call, weight, bound)
             dots += _dots(graph, call, bound)
     for dot in dots:
@@ -99,12 +97,8 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
     return uses, dots
 
 
-def _chain(graph: LayerGraph, node: fx.Node) -> list[fx.Node]:
-    """From the weight to the operand, through operators on it alone."""
-    chain = [node]
-    while not graph.calls[chain[0]].names:
-        chain.insert(0, graph.followed(chain[0]))
-    return chain
+def _main(graph: LayerGraph, node: fx.Node) -> str:
+    return next(iter(graph.made_of(node))).names[0]
 
 
 def _part(label: Label, binding: Binding, others: list[Binding], output: set[str]) -> str:
@@ -157,9 +151,9 @@ def _mark(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node, bound: tu
         axes.mark(dim, {"in": "summed", "lookup": "looked_up"}.get(part, "used"))
 
 
-def _use(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node) -> WeightUse:
-    """Follows the weight's own axes, as if nothing else existed, through the views to the operator."""
-    chain = _chain(graph, operand)
+def _use(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...]) -> WeightUse:
+    """Follows a weight's own axes, as if nothing else existed, along the chain of nodes to the operator."""
+    operand = chain[-1]
     weight = graph.calls[chain[0]]
     alone = Axes(axes.widths)
     for node in (chain[0], *(n for c in (*chain[1:], call.node) for n in c.all_input_nodes if n not in chain)):
@@ -175,13 +169,15 @@ def _use(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node) -> WeightU
     for dim in base:
         (start, stop), inner = _used_range(alone, dim, parts)
         ranges.append((start, stop))
-        spans.append(tuple(Span(atom.size, parts.get(id(atom), _dropped(atom))) for atom in inner))
+        spans.append(tuple((atom, parts.get(id(atom))) for atom in inner))
+    inner_part = "out" if any(part == "in" for span in spans for _, part in span) else "in"
+    spans = [tuple(Span(atom.size, part or _dropped(atom, inner_part)) for atom, part in span) for span in spans]
     return WeightUse(weight=weight, call=call, operand=operand, ranges=tuple(ranges), spans=tuple(spans))
 
 
-def _dropped(atom: object) -> str:
-    """A factor that an index took away: looked up by ids, or one map per index."""
-    return "lookup" if "looked_up" in getattr(atom, "facts", ()) else "copy"
+def _dropped(atom: Atom, inner: str) -> str:
+    """A factor that is gone before data is met: looked up by ids, one map per index, or between two weights (the rank of B·A)."""
+    return "lookup" if "looked_up" in atom.facts else "copy" if "indexed" in atom.facts else inner
 
 
 def _used_range(axes: Axes, dim: Dim, parts: dict[int, str]) -> tuple[tuple[Size, Size], Dim]:

@@ -13,6 +13,7 @@ from scaling.errors import FormatError
 from scaling.formats import LATEX
 from scaling.limits import WIDTH, exact, leading
 from scaling.notation import formula
+from scaling.parametrizations import class_of
 from scaling.records import Exact, Record
 from scaling.regimes import REGIMES
 
@@ -120,6 +121,25 @@ class Verdict(Record):
         return f"under {self.optimizer}, {self.parametrization} of {self.model or 'the model'} {known} {against}"
 
     @property
+    def assumes(self) -> tuple[str, ...]:
+        """How large the updates of its optimizers are, which is all that the proof takes from them."""
+        own = self.optimizer.split("+")
+        return tuple(f"{name}: {class_of(name).says}" for name in own)
+
+    @property
+    def concludes(self) -> str:
+        """What follows from the obligations, if they are proven."""
+        if self.against == "mup":
+            return (
+                "Hence every map keeps the size of what it is given, at init and in every step, which is the spectral condition "
+                "(Yang et al. 2023, arXiv 2310.17813, condition 1), and thereby muP"
+            )
+        return (
+            "Hence all invariants of the abc symmetry agree up to constants: the two differ by a shift that leaves training as it is "
+            "(Yang et al. 2022, arXiv 2203.03466, lemma J.1)"
+        )
+
+    @property
     def count(self) -> str:
         """How many obligations there are and how many fail."""
         state = f"{len(self.failed)} failed" if self.failed else "all proven"
@@ -130,16 +150,17 @@ class Verdict(Record):
         out = [_sentence(self.claim), f"  {REGIMES[self.verdict]}; r = {self.r}", f"  {self.count}"]
         if self.cures:
             out += ["What is wrong", *(f"  {line}" for line in self.cures)]
-        out += ["Obligations (≍: the ratio tends to a constant)"]
+        out += ["Updates", *(f"  {line}" for line in self.assumes), "Obligations (≍: the ratio tends to a constant)"]
         out += [f"  {name.removeprefix('same ')}: {STATEMENTS[name].text}" for name in dict.fromkeys(one.name for one in self.obligations)]
         for weight, obligations in _by_weight(self.obligations):
             out += [weight, *(f"  {'✓' if one.proven else '✗'} {_line(one)}" for one in obligations)]
-        return "\n".join(out)
+        return "\n".join([*out, *([f"{self.concludes}."] if self else [])])
 
     def to_markdown(self) -> str:
         """The proof as GitHub-flavoured Markdown."""
         out = [f"**{_sentence(self.claim)}**", "", f"{REGIMES[self.verdict]}; r = {self.r}. {self.count}.", ""]
         out += [f"- {line}" for line in self.cures] + [""] * bool(self.cures)
+        out += [f"- updates, {line}" for line in self.assumes]
         out += [f"- *{name}*: {STATEMENTS[name].text}" for name in dict.fromkeys(one.name for one in self.obligations)]
         out += ["", "| weight | obligation | left | right | proven | by |", "|---|---|---|---|---|---|"]
         for one in self.obligations:
@@ -151,24 +172,24 @@ class Verdict(Record):
     def to_latex(self) -> str:
         """The proof in LaTeX, to be pasted; needs no package."""
         title = "Proposition" if self else "Not proven"
-        out = [
-            rf"\noindent\textbf{{{title}.}} {_words(_sentence(self.claim))}. Its regime: {_words(REGIMES[self.verdict])}; $r = {sympy.latex(self.r)}$."
-        ]
+        claim, regime = _words(_sentence(self.claim)), _words(REGIMES[self.verdict])
+        out = [rf"\noindent\textbf{{{title}.}} {claim}. Its regime: {regime}; $r = {sympy.latex(self.r)}$."]
         if self.cures:
             out += ["", r"\medskip\noindent\textbf{What is wrong.}", *_items(map(_words, self.cures))]
         legend = [rf"\emph{{{_words(name)}}}: ${STATEMENTS[name].latex}$" for name in dict.fromkeys(one.name for one in self.obligations)]
         out += [
             "",
-            r"\medskip\noindent\textbf{Proof.} Every weight is used as $y = mWx$ with $n_{\rm in}$ terms summed into each of $n_{\rm out}$ "
-            rf"outputs, $W_{{ij}} \sim N(0, \sigma^2)$, learning rate $\eta$; $d$ is the width, and $f \asymp g$ says that $f/g$ tends to a "
-            rf"positive constant as $d \to \infty$. To be shown for {_words(self.optimizer)}:",
+            r"\medskip\noindent\textbf{Proof.} Every weight is used as $y = mWx$ with $n_{\rm in}$ terms summed into each of $n_{\rm out}$",
+            r"outputs, $W_{ij} \sim N(0, \sigma^2)$ and learning rate $\eta$; $d$ is the width, and $f \asymp g$ says that $f/g$ tends",
+            r"to a positive constant as $d \to \infty$. Of the updates $U$ only their size matters;",
+            f"{_words('; '.join(self.assumes))}. To be shown:",
             *_items(legend),
             "In turn:",
             *_items(
                 rf"\texttt{{{_words(weight)}}}: " + "; ".join(map(_latex, group)) + "." for weight, group in _by_weight(self.obligations)
             ),
         ]
-        return "\n".join(out) + (r"\hfill$\Box$" if self else "") + "\n"
+        return "\n".join([*out, *([rf"{_words(self.concludes)}. \hfill$\Box$"] if self else [])]) + "\n"
 
     def to_json(self, indent: int | None = 2) -> str:
         """The verdict as JSON; `from_json` gives back an equal one."""
@@ -184,7 +205,8 @@ class Verdict(Record):
         try:
             return cls.model_validate_json(text)
         except (ValidationError, SyntaxError) as error:
-            raise FormatError(f"{text[:40]!r}…", f"it is no verdict ({str(error).splitlines()[0]})") from error
+            where = f"{text[:40]!r}…"
+            raise FormatError(where, f"it is no verdict ({str(error).splitlines()[0]})") from error
 
     def __str__(self) -> str:
         return self.to_text()

@@ -26,7 +26,7 @@ from scaling.verdict import STATEMENTS, Obligation, Verdict
 
 __all__ = ["verify"]
 
-ZERO, ONE, INFINITY = sympy.Integer(0), sympy.Integer(1), sympy.oo
+ZERO, ONE, HALF, INFINITY = sympy.Integer(0), sympy.Integer(1), sympy.Rational(1, 2), sympy.oo
 
 WITH_EPSILON = {"adam", "adamw", "adam-msign", "adam-sn"}
 """Optimizers that divide by √v + ε."""
@@ -398,15 +398,17 @@ def _cures(case: _Case, excess: Excess, r: sympy.Expr) -> Iterator[tuple[str, st
 def _effect(case: _Case, init: sympy.Expr | None, update: sympy.Expr | None, r: sympy.Expr) -> str:
     """What the excesses (None: not at fault) do to what comes out of the map: at init a sum of random terms, afterwards an aligned one."""
     output = case.block.role == "output"
-    start = None if init is None else init - sympy.Rational(1, 2) if output else init
-    through = None if init is None or not output else init - max(r, ZERO)
-    step = max((power for power in (update, through) if power is not None), default=None)
-    if output and start is not None and start < 0:
-        start = None  # muP's own logits vanish at init
-    if start == step not in (None, 0):
-        return f"{'logits' if output else 'its outputs'} {_grow(step)} at init and after one step"
-    said = [f"{_grow(power)} {when}" for power, when in ((start, "at init"), (step, "after one step")) if power not in (None, 0)]
-    return f"{'logits' if output else 'its outputs'} {' and '.join(said) or 'are not of the size they have in muP'}"
+    what = "logits" if output else "its outputs"
+    start = ZERO if init is None else init
+    if output:
+        start = max(start - HALF, ZERO)  # muP's own logits vanish as d^(-1/2) at init
+    through = init - max(r, ZERO) if init is not None and output else None
+    step = max((power for power in (update, through) if power is not None), default=ZERO)
+    if start == step != 0:
+        return f"{what} {_grow(step)} at init and after one step"
+    said = [f"{_grow(start)} at init"] if start != 0 else []
+    said += [f"{_grow(step)} after one step" if step > 0 else f"move by {_power(step)} in a step"] if step != 0 else []
+    return f"{what} {' and '.join(said) or 'are not of the size they have in muP'}"
 
 
 def _grow(power: sympy.Expr) -> str:
@@ -487,7 +489,7 @@ def _unfolded(block: Block) -> Block:
 
 
 def _unreached(name: str) -> Obligation:
-    cure = f"no rule reaches it: pass inputs to derive() that make the model use it, or freeze it"
+    cure = "no rule reaches it: pass inputs to derive() that make the model use it, or freeze it"
     statement = STATEMENTS["coverage"].text
     return Obligation(
         name="coverage",

@@ -15,8 +15,7 @@ import compiler
 from compiler.errors import NotExpressible
 from scaling import ScalingTable, derive
 from scaling.errors import ScalingError, UnknownName
-from scaling.limits import WIDTH as d
-from scaling.limits import exact, exponent
+from scaling.limits import WIDTH, exact, exponent
 from scaling.optimizers import DEGREES, LEARNING_RATES
 from scaling.parametrizations import (
     CLASSES,
@@ -32,8 +31,7 @@ from scaling.parametrizations import (
 )
 from scaling.records import Block, Coverage, Factor, Law, Source, Use, WeightRule
 
-ONE = sympy.Integer(1)
-R = sympy.Rational
+d, ONE, R = WIDTH, sympy.Integer(1), sympy.Rational
 
 
 def block(fan_in, fan_out, **options):
@@ -185,7 +183,7 @@ def test_degrees_agree_with_the_optimizer_table():
             assert sympy.simplify(class_of(family).rate(one, one.init_std) / one.lr[family]) == 1
 
 
-# THEORY 6.4: five steps of a tanh MLP 16 → 32 → 32 → 10 in float64, θ = (4, 1/4, 16) on its layers. Optimizers that the compiler does not have.
+# THEORY 6.4: five steps of a tanh MLP 16 → 32 → 32 → 10 in float64, θ = (4, 1/4, 16) on its layers, with optimizers the compiler has not.
 
 
 def _shampoo_root(M, power):

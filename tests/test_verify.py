@@ -16,15 +16,14 @@ from torch import nn
 
 from scaling import derive
 from scaling.errors import FormatError, ScalingError, UnknownName
-from scaling.limits import WIDTH as d
-from scaling.limits import exact, exponent
+from scaling.limits import WIDTH, exact, exponent
 from scaling.parametrizations import PARAMETRIZATIONS, invariants, parametrization
 from scaling.records import Block, Coverage, Law, Parametrization
 from scaling.regimes import REGIMES, Excess, classify, maximal_rates, regime_of
 from scaling.verdict import FORMATS, STATEMENTS, Verdict
 from scaling.verify import verify
 
-R, ONE, INF = sympy.Rational, sympy.Integer(1), float("inf")
+d, R, ONE, INF = WIDTH, sympy.Rational, sympy.Integer(1), float("inf")
 
 # --- abc lists: the published cases -------------------------------------------------------------------------------------------------
 
@@ -185,8 +184,8 @@ def test_a_product_of_activations_is_stable_only_if_features_move_slowly_enough(
 
 # --- Everett et al. -----------------------------------------------------------------------------------------------------------------
 
-# THEORY 3.6, oracle everett_full: Everett et al. 2024, arXiv 2407.05872, (a, b) and the lr exponents of full alignment (ω_readout = 1/2), by
-# [embedding, hidden, readout]; adafactor is the one with parameter scaling.
+# THEORY 3.6, oracle everett_full: Everett et al. 2024, arXiv 2407.05872, (a, b) and the lr exponents of full alignment (ω_readout = 1/2)
+# by [embedding, hidden, readout]; adafactor is the one with parameter scaling.
 EVERETT = """
 SP    0 0 0       0 1/2 1/2    adam 0 -1 -1        sgd 1/2 -1/2 -1  adafactor 0 -1/2 -1/2
 NTK   0 1/2 1/2   0 0 0        adam 0 -1/2 -1/2    sgd 1/2 1/2 0    adafactor 0 -1/2 -1/2
@@ -386,7 +385,6 @@ def test_against_another_parametrization_the_invariant_that_differs_is_named(tab
         ("third.bias", "same update"): -1,
         ("head.weight", "same init"): R(1, 2),
         ("head.weight", "same update"): 1,
-        **{(name, "same decay"): -power for name, power in {"first.weight": 0}.items() if power},
     }
     assert "lr·multiplier^(1+p) is d too small: it follows 1, the other's d" in "\n".join(verdict.cures)
 

@@ -1,0 +1,267 @@
+"""Weights in the forms people have them: recurrent, normalised, adapted, grouped, transposed, indexed. THEORY 2.2 says what is right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sympy import Rational, sqrt
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from scaling import derive
+from scaling.limits import WIDTH
+
+d = WIDTH
+
+
+def between(layer):
+    """The layer between an input and an output."""
+    return lambda width: nn.Sequential(nn.Linear(16, width), layer(width), nn.Linear(width, 10))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width, kind=nn.LSTM, **options):
+        super().__init__()
+        self.embed = nn.Embedding(30, width)
+        self.rnn = kind(width, width, num_layers=2, **options)
+        self.out = nn.Linear(width * (2 if options.get("bidirectional") else 1), 5)
+
+    def forward(self, ids):
+        return self.out(self.rnn(self.embed(ids))[0])
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}])
+def test_each_gate_of_a_recurrent_layer_is_a_hidden_map(kind, gates, options):
+    """Row 29, P06."""
+    both = 2 if options else 1
+    exact = derive(lambda width: Recurrent(width, kind, **options), widths=(32, 64))
+    guessed = derive(Recurrent(32, kind, **options))
+    for table in (exact, guessed):
+        for name, fan_in in (("rnn.weight_ih_l0", d), ("rnn.weight_hh_l0", d), ("rnn.weight_ih_l1", both * d), ("rnn.weight_hh_l1", d)):
+            assert len(table[name].blocks) == gates
+            assert {(b.fan_in, b.fan_out, b.copies, b.role) for b in table[name].blocks} == {(fan_in, d, 1, "hidden")}
+            assert table[name].shape[0] == gates * 32
+        assert table["rnn.bias_hh_l1"].role == "vector"
+        assert (table["out.weight"].fan_in, table["out.weight"].role) == (both * d, "output")
+
+
+def test_a_recurrent_cell_is_used_many_times_and_ruled_once():
+    class Cell(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.inp, self.cell, self.out = nn.Linear(8, width), nn.LSTMCell(width, width), nn.Linear(width, 5)
+
+        def forward(self, x):
+            state = None
+            for _ in range(3):
+                state = self.cell(self.inp(x), state)
+            return self.out(state[0])
+
+    rule = derive(Cell, widths=(32, 64))["cell.weight_hh"]
+    assert (len(rule.uses), rule.role, rule.multiplier) == (3, "hidden", 1)
+
+
+@pytest.mark.parametrize("norm", [weight_norm, torch.nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_the_direction_of_a_weight_normed_matrix_is_hidden_and_its_norm_a_vector(norm):
+    """Row 34, P28: v with σ_v = 1/√n has Adam −1, g Adam 0 and SGD +1."""
+    table = derive(between(lambda width: norm(nn.Linear(width, width))), widths=(32, 64))
+    g, v = (next(rule for rule in table if rule.name.endswith(ends)) for ends in (("original0", "_g"), ("original1", "_v")))
+    assert (v.fan_in, v.fan_out, v.role) == (d, d, "hidden")
+    assert (g.role, g.exponent("adam"), g.exponent("sgd"), g.exponent("eps")) == ("vector", 0, 1, -1)
+
+
+def test_a_spectrally_normed_matrix_is_hidden():
+    table = derive(between(lambda width: spectral_norm(nn.Linear(width, width))), widths=(32, 64))
+    assert table["1.parametrizations.weight.original"].role == "hidden"
+
+
+class Merged(nn.Module):
+    def __init__(self, rows, columns, rank=4):
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(rank, columns)), nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, W):
+        return W + 2.0 * (self.B @ self.A)
+
+
+class Adapted(nn.Module):
+    def __init__(self, width, rank=4):
+        super().__init__()
+        self.base, self.lora_A, self.lora_B = (
+            nn.Linear(width, width),
+            nn.Linear(width, rank, bias=False),
+            nn.Linear(rank, width, bias=False),
+        )
+
+    def forward(self, x):
+        return self.base(x) + 2.0 * self.lora_B(self.lora_A(x))
+
+
+def merged(width):
+    layer = nn.Linear(width, width)
+    parametrize.register_parametrization(layer, "weight", Merged(width, width))
+    return layer
+
+
+@pytest.mark.parametrize(("layer", "a", "b"), [(merged, ".A", ".B"), (Adapted, "lora_A.weight", "lora_B.weight")])
+def test_an_adapter_reads_the_width_in_a_and_emits_it_in_b_merged_or_not(layer, a, b):
+    """Row 23, P57: Adam 1/d on A and constant on B (LoRA+: η_B/η_A = Θ(n))."""
+    table = derive(between(layer), widths=(32, 64))
+    A, B = (next(rule for rule in table if rule.name.endswith(end)) for end in (a, b))
+    assert (A.fan_in, A.fan_out, A.role, A.exponent("adam"), A.exponent("sgd")) == (d, 4, "output", -1, -1)
+    assert (B.fan_in, B.fan_out, B.role, B.exponent("adam"), B.exponent("sgd")) == (4, d, "input", 0, 1)
+
+
+def test_a_fixed_number_of_groups_keeps_a_convolution_hidden():
+    """Row 24, P12."""
+
+    def build(width):
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 2 * width, 3, groups=4), nn.Conv2d(2 * width, 5, 1))
+
+    for table in (derive(build, widths=(32, 64)), derive(build(32))):
+        rule = table["1.weight"]
+        width = rule.dims[0] / 2
+        assert (rule.fan_in, rule.fan_out, rule.copies, rule.role) == (9 * width / 4, width / 2, 4, "hidden")
+
+
+def test_a_transposed_convolution_to_an_image_is_an_output_and_its_stride_thins_the_sum():
+    """Row 28, P11: F_in = n·k²/stride²."""
+
+    def build(width):
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.ConvTranspose2d(width, width, 4, stride=2), nn.ConvTranspose2d(width, 3, 4, stride=2)
+        )
+
+    table = derive(build, widths=(32, 64))
+    assert (table["1.weight"].fan_in, table["1.weight"].fan_out, table["1.weight"].role) == (4 * d, d, "hidden")
+    assert (table["2.weight"].fan_in, table["2.weight"].fan_out, table["2.weight"].role) == (4 * d, 3, "output")
+
+
+def test_a_flattened_map_sums_channels_times_grid():
+    """P14."""
+    table = derive(
+        lambda width: nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(36 * width, 10)),
+        (torch.zeros(2, 3, 8, 8),),
+        widths=(32, 64),
+    )
+    assert (table["2.weight"].fan_in, table["2.weight"].role) == (36 * d, "output")
+
+
+def test_pixel_shuffle_and_patch_merging_keep_their_fans():
+    """P20."""
+
+    class Merge(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.stem, self.merge, self.up = nn.Conv2d(3, width, 1), nn.Linear(4 * width, 2 * width), nn.Conv2d(2 * width, 4 * width, 1)
+            self.last = nn.Conv2d(width, 3, 1)
+
+        def forward(self, x):
+            x = self.stem(x).permute(0, 2, 3, 1)
+            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+            x = self.merge(x).permute(0, 3, 1, 2)
+            return self.last(F.pixel_shuffle(self.up(x), 2))
+
+    table = derive(Merge, (torch.zeros(2, 3, 8, 8),), widths=(32, 64))
+    assert (table["merge.weight"].fan_in, table["merge.weight"].fan_out, len(table["merge.weight"].blocks)) == (4 * d, 2 * d, 1)
+    assert (table["last.weight"].fan_in, table["last.weight"].role) == (d, "output")
+
+
+def test_a_skip_that_is_concatenated_is_summed_over_all_its_channels():
+    """P40."""
+
+    class Skip(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.a, self.b, self.c = (
+                nn.Conv2d(3, width, 3, padding=1),
+                nn.Conv2d(width, 2 * width, 3, padding=1),
+                nn.Conv2d(3 * width, width, 1),
+            )
+            self.out = nn.Conv2d(width, 2, 1)
+
+        def forward(self, x):
+            a = torch.relu(self.a(x))
+            return self.out(self.c(torch.cat([a, self.b(a)], 1)))
+
+    rule = derive(Skip, widths=(16, 32))["c.weight"]
+    assert (len(rule.blocks), rule.fan_in, rule.fan_out) == (1, 3 * d, d)
+
+
+def test_layer_scale_class_token_and_logit_scale_are_vectors_and_a_scalar():
+    """Rows 2, 11, 12."""
+
+    class Odds(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.inp, self.token, self.scale = (
+                nn.Linear(8, width),
+                nn.Parameter(torch.randn(1, 1, width)),
+                nn.Parameter(torch.full((width,), 1e-4)),
+            )
+            self.mix, self.temperature, self.out = nn.Linear(width, width), nn.Parameter(torch.tensor(1.0)), nn.Linear(width, 5)
+
+        def forward(self, x):
+            h = torch.cat([self.token.expand(len(x), -1, -1), self.inp(x)], 1)
+            h = h + self.scale * self.mix(h)
+            return self.out(h[:, 0]) * self.temperature.exp()
+
+    table = derive(Odds, (torch.zeros(2, 6, 8),), widths=(32, 64))
+    assert [table[name].role for name in ("token", "scale", "temperature")] == ["vector", "vector", "scalar"]
+    assert [table[name].exponent("sgd") for name in ("token", "scale", "temperature")] == [1, 1, 0]
+    assert (table["scale"].copies, table["token"].fan_out) == (d, d)
+
+
+def test_rows_of_finite_and_growing_outputs_are_blocks():
+    """P16: Mamba's x_proj."""
+
+    class Projection(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.inp, self.x_proj = nn.Linear(8, width), nn.Linear(width, width // 16 + 2 * 4, bias=False)
+            self.dt_proj, self.out = nn.Linear(width // 16, width), nn.Linear(width, 5)
+            self.rank = width // 16
+
+        def forward(self, x):
+            h = self.inp(x)
+            dt, B, C = self.x_proj(h).split([self.rank, 4, 4], -1)
+            return self.out(F.softplus(self.dt_proj(dt)) * h * (B * C).sum(-1, keepdim=True))
+
+    table = derive(Projection, (torch.zeros(2, 6, 8),), widths=(64, 128))
+    rule = table["x_proj.weight"]
+    assert rule.dims == (d / 16 + 8, d)
+    assert [(b.role, b.fan_out, b.exponent("init_std")) for b in rule.blocks] == [
+        ("hidden", d / 16, Rational(-1, 2)),
+        ("output", 4, -1),
+        ("output", 4, -1),
+    ]
+    assert table["dt_proj.weight"].blocks[0].init_std == 4 / sqrt(d)
+
+
+def test_grouped_query_attention_has_hidden_keys_while_their_heads_grow_and_output_like_ones_if_not():
+    """Rows 15a and 15b, P34."""
+
+    class Queries(nn.Module):
+        def __init__(self, width, kv):
+            super().__init__()
+            self.inp, self.q, self.out = nn.Linear(8, width), nn.Linear(width, width), nn.Linear(width, 5)
+            self.kv = nn.Linear(width, 2 * kv * 16)
+            self.heads, self.groups = width // 16, kv
+
+        def forward(self, x):
+            h = self.inp(x)
+            b, t, _ = h.shape
+            q = self.q(h).view(b, t, self.heads, 16).transpose(1, 2)
+            k, v = (y.view(b, t, self.groups, 16).transpose(1, 2) for y in self.kv(h).chunk(2, -1))
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            return self.out(y.transpose(1, 2).reshape(b, t, -1))
+
+    x = (torch.zeros(2, 6, 8),)
+    growing = derive(lambda width: Queries(width, width // 32), x, widths=(64, 128))["kv.weight"]
+    finite = derive(lambda width: Queries(width, 2), x, widths=(64, 128))["kv.weight"]
+    assert [(b.role, b.fan_out) for b in growing.blocks] == [("hidden", d / 2)] * 2
+    assert [(b.role, b.fan_out, b.exponent("sgd"), b.exponent("adam"), b.exponent("eps")) for b in finite.blocks] == [
+        ("output", 32, -1, -1, 0)
+    ] * 2
