@@ -7,11 +7,12 @@ ids, masks and positions just works. An int or bool that would depend on a float
 
 from __future__ import annotations
 
+import copy
 import linecache
 import logging
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from scaling.errors import CaptureFailed
 from scaling.records import Source
@@ -46,6 +47,9 @@ SAME_VALUE = {
     "type_as",
 }
 """Operators that hand their first input on: no node, so that graphs of several widths agree."""
+
+PYTHON_VALUES = {"item": float, "_local_scalar_dense": float, "is_nonzero": bool, "equal": bool, "allclose": bool}
+"""Operators that hand a Python number to the forward: made up from what a comparison is taken to say."""
 
 REAL_LIMIT = 2**22
 """Elements up to which a float tensor that a factory makes is kept real (`linspace(...).tolist()` works on it)."""
@@ -92,8 +96,8 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Rec
     state = _State()
     with _as_it_was(model), _Swapped(model, state) as swapped:
         state = _first_that_runs(model, swapped, args, kwargs)
-        unused = [node for node in state.graph.nodes if node.meta.get("trainable") and not node.users]
-        if unused and state.made_up:
+        used = {name for node in state.graph.nodes if node.users for name in node.meta.get("names", ())}
+        if state.made_up and any(weight.requires_grad and name not in used for name, weight in model.named_parameters()):
             with suppress(Exception), torch.inference_mode():  # optional: what it raises means there is nothing to add
                 _run(model, swapped, state, args, kwargs, truth=False)
     state.graph.lint()
@@ -145,7 +149,7 @@ def _failed(model: nn.Module, error: Exception, state: _State) -> Exception:
 
 def _run(model: nn.Module, swapped: _Swapped, state: _State, args: Sequence[Any], kwargs: dict[str, Any], *, truth: bool) -> None:
     recorder = _Recorder(swapped, state, truth=truth)
-    inputs = tree_map_only(Tensor, recorder.placeholder, (tuple(args), dict(kwargs)))
+    inputs = _mapped(recorder.placeholder, (tuple(args), dict(kwargs)))
     with recorder, _module_paths(model, state.modules):
         output = model(*inputs[0], **inputs[1])
     for old in [node for node in state.graph.nodes if node.op == "output"]:
@@ -153,6 +157,20 @@ def _run(model: nn.Module, swapped: _Swapped, state: _State, args: Sequence[Any]
     results = tuple(dict.fromkeys(state.nodes[id(tensor)] for tensor in _tensors(output) if id(tensor) in state.nodes))
     node = state.graph.output(results)
     node.meta["val"] = tuple(result.meta["val"] for result in results)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The value with every tensor replaced, in copies of the objects (dataclasses) that hold one."""
+
+    def replaced(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if any(isinstance(x, Tensor) for x in getattr(leaf, "__dict__", {}).values()) and not isinstance(leaf, (type, nn.Module)):
+            leaf = copy.copy(leaf)
+            vars(leaf).update({name: replaced(x) for name, x in vars(leaf).items()})
+        return leaf
+
+    return tree_map(replaced, value)
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
@@ -187,6 +205,7 @@ class _Swapped:
                     is_weight = table is module._parameters
                     if id(tensor) not in self.replacements:
                         self.replacements[id(tensor)] = self._replacement(tensor, is_weight=is_weight)
+                        vars(self.replacements[id(tensor)]).update(vars(tensor))  # what others keep on a weight (mup's infshape)
                     new = self.replacements[id(tensor)]
                     self.attributes[id(new)] = tuple(names.get(id(tensor), (name,))), is_weight, is_weight and tensor.requires_grad
                     table[name] = new
@@ -307,9 +326,9 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        if _name(func) == "_local_scalar_dense":
+        if _name(func) in PYTHON_VALUES:
             self.state.made_up += 1
-            return 1.0 if self.truth else 0.0
+            return PYTHON_VALUES[_name(func)](self.truth)
         try:
             with self.fake:
                 output = func(*args, **kwargs)

@@ -23,7 +23,7 @@ __all__ = ["derive"]
 
 
 def derive(
-    model: nn.Module | Callable[[int], nn.Module],
+    model: nn.Module | Callable[[int], nn.Module] | torch.export.ExportedProgram,
     args: Any = None,
     kwargs: dict[str, Any] | None = None,
     *,
@@ -39,7 +39,8 @@ def derive(
     model's own config is scaled to find out; from one model alone it is guessed, and the table's footer says so.
 
     Args:
-        model: any nn.Module (on the CPU or the meta device), unmodified; or with `widths` a function of the width that builds one.
+        model: any nn.Module (on the CPU or the meta device), unmodified; or with `widths` a function of the width that builds one; or an
+            ExportedProgram, with its own example inputs.
         args: its positional inputs as for `torch.export`: a tuple, or a lone tensor; with a factory also a function of the width.
             Left out, they are made up from what the model's first layers consume.
         kwargs: its keyword inputs.
@@ -61,6 +62,10 @@ def derive(
         TooManyGrowingAxes: if a weight has more than two growing axes.
         NoSuchAxis: if `fixed` or `grows` matches nothing.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        if args is None and not kwargs:
+            args, kwargs = model.example_inputs or (None, None)
+        model = model.module()
     models = _models(model, widths, also)
     graph, notes = _graph(models, args, kwargs, widths)
     axes, without_rule = joined_axes(graph)

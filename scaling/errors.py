@@ -171,7 +171,8 @@ class NoGraph(ScalingError):
 
     def __init__(self, model: str) -> None:
         super().__init__(
-            f"this table of {model or 'a model'} was not derived here, so it has no layer graph\n  derive it from the model: table = derive(model)"
+            f"this table of {model or 'a model'} was not derived here, so it has no layer graph\n"
+            "  derive it from the model: table = derive(model)"
         )
 
 

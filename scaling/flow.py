@@ -198,7 +198,7 @@ class _Weight:
     def value(self, updates: Sequence[Exponent]) -> Pieces[State]:
         parts = []
         for block, update in zip(self.blocks, updates, strict=True):
-            init: Exponent = {"zero": NOTHING, "one": block.multiplier}.get(self.start, block.init)
+            init = NOTHING if self.start == "zero" else block.init
             mean = init if self.start == "one" else NOTHING
             roots = frozenset({(self.rule.name, ())}) if self.start == "random" else frozenset()
             parts.append(State.of(init, mean, update, roots))
@@ -347,7 +347,7 @@ class _Run:
         for node, weight in self.weights.items():
             entries = weight.gradients(first.gradients.get(node))
             for i, (block, update, size) in enumerate(zip(weight.blocks, last.updates[node], entries, strict=True)):
-                init: Exponent = {"zero": NOTHING, "one": block.multiplier}.get(weight.start, block.init)
+                init = NOTHING if weight.start == "zero" else block.init
                 norm = plus(size, block.elements * HALF)
                 yield FlowWeight(
                     name=weight.rule.name, block=i, init=_exact(init), change=_exact(update), entries=_exact(size), norm=_exact(norm)

@@ -89,7 +89,7 @@ def growth_of(
     hub = _hub(axes, weights, forced)
     if axes.widths > 1:
         measured = tuple(widths) if widths is not None else axes.size(hub)
-        decided = {atom: _known(atom, measured) for _, dims in weights.values() for dim in dims for atom in axes.leaves(dim)}
+        decided = {atom: _known(atom.size, measured) for _, dims in weights.values() for dim in dims for atom in axes.leaves(dim)}
     else:
         measured = axes.size(hub)
         decided = _guess(axes, weights, hub, heads, forced)
@@ -155,9 +155,8 @@ def _ends(axes: Axes, dim: Dim) -> bool:
     return "input" in facts or ("output" in facts and "summed" not in facts)
 
 
-def _known(atom: Atom, widths: Sequence[int]) -> tuple[sympy.Expr, str]:
+def _known(sizes: Sequence[int], widths: Sequence[int]) -> tuple[sympy.Expr, str]:
     """The exact law through the sizes at all widths: constant, proportional, a power, or affine."""
-    sizes: Sequence[int] = atom.size
     if len(set(sizes)) == 1:
         return sympy.Integer(sizes[0]), "the same at every width"
     if len({Fraction(s, w) for s, w in zip(sizes, widths, strict=True)}) == 1:

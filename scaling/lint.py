@@ -19,6 +19,7 @@ from scaling.derive import derive
 from scaling.errors import CannotMeasure
 from scaling.folding import fold, template
 from scaling.limits import WIDTH, exponent
+from scaling.notation import formula
 from scaling.observed import Group, Init, deviation, groups_of, inits, multipliers, optimizers_in, slope
 from scaling.optimizers import DEGREES
 from scaling.records import Block, Contraction, Exact, Record, ScalingTable, Source, WeightRule
@@ -34,7 +35,7 @@ TOLERANCE = 0.06
 """How far, in powers of d, a learning rate or multiplier may be from its law: room for rounded widths, a quarter of the smallest fault."""
 NOISE = 0.12
 """The same for a measured standard deviation, before the sampling error of few entries."""
-NEGLIGIBLE = 1e-4
+NEGLIGIBLE = 1e-3
 """ε over the size of a gradient entry, up to which Adam does not feel it (THEORY P44: at 1e-2 it does)."""
 
 
@@ -119,7 +120,8 @@ def lint(
         ScalingError: what `derive` raises.
     """
     if len(set(widths)) < 2:
-        raise CannotMeasure(f"widths={list(widths)} has no two widths to compare", "pass at least two, as widths=(64, 128, 256)")
+        what = f"widths={list(widths)} has no two widths to compare"
+        raise CannotMeasure(what, "pass at least two, as widths=(64, 128, 256)")
     models: dict[int, list[nn.Module]] = {width: [] for width in widths}
     groups: dict[int, dict[str, list[Group]]] = {}
     for width in widths:
@@ -143,7 +145,8 @@ def _pair(build: Callable[[int], Any], width: int) -> tuple[nn.Module, Any]:
     pair = build(width)
     if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module):
         return pair
-    raise CannotMeasure(f"build({width}) returned {type(pair).__name__}, not a pair (model, optimizer)", "return model, optimizer")
+    what = f"build({width}) returned {type(pair).__name__}, not a pair (model, optimizer)"
+    raise CannotMeasure(what, "return model, optimizer")
 
 
 def _gathered(findings: Iterator[Finding]) -> tuple[Finding, ...]:
@@ -240,7 +243,7 @@ class _Linter:
         uses = self.uses.get(rule.name, [])
         own = rule.uses if len(rule.uses) == len(uses) else rule.uses[:1]
         for k, (use, place) in enumerate(zip(own, uses, strict=False)):
-            for block, init in zip(rule.blocks, self.init[rule.name], strict=True):
+            for i, (block, init) in enumerate(zip(rule.blocks, self.init[rule.name], strict=True)):
                 yield _Part(
                     rule=rule,
                     block=block,
@@ -248,7 +251,7 @@ class _Linter:
                     ratio=use.multiplier / own[0].multiplier if k else sympy.Integer(1),
                     numbers=self.numbers[place],
                     init=init,
-                    groups=tuple(groups[0] for groups in found),
+                    groups=tuple(groups[0].part(i) for groups in found),
                     bias=place.call.get("bias") is place.operand,
                 )
 
@@ -287,8 +290,7 @@ class _Linter:
         """A matrix with two growing fans needs mean 0: a mean μ adds μ·√(fan_in·fan_out) to its norm (TP5, App. B)."""
         if part.block.role != "hidden" or part.init.zero:
             return
-        at = dict.fromkeys((part.block.fan_in * part.block.fan_out).free_symbols, self.widths[-1])
-        rows, columns = (float(fan.subs(at)) for fan in (part.block.fan_out, part.block.fan_in))
+        rows, columns = (float(fan.subs(WIDTH, self.widths[-1])) for fan in (part.block.fan_out, part.block.fan_in))
         mean, std = abs(part.init.mean[-1]), part.init.std[-1]
         if mean * (rows * columns) ** 0.5 > 0.25 * std * (rows**0.5 + columns**0.5):
             yield Finding(
@@ -302,83 +304,117 @@ class _Linter:
         shift = 1 + DEGREES[part.family]
         off_scale, off_rate = abs(scale) > TOLERANCE + self._noise(part), abs(rate) > TOLERANCE
         if part.family == "muon" and part.block.lookup:
-            yield self._finding(part, "matrix optimizer", "a lookup in a matrix optimizer", "rows in the same UVᵀ", "updated row by row", None,
-                                "give embeddings to AdamW: their rows are separate vectors")  # fmt: skip
+            yield _lookup(part)
             off_rate, rate = False, 0.0
         multiplier = 0.0
         if off_scale and off_rate and abs(rate - shift * scale) <= TOLERANCE * shift + self._noise(part):
             multiplier = _nearest(scale)
-            own = slope(self.widths, part.numbers) if len(set(part.numbers)) > 1 else 0.0
-            yield self._finding(part, "multiplier", f"forward multiplier of {_a(part)}", _power(own), _power(own - multiplier), -multiplier,
-                                f"multiply what it makes by {_factor(-multiplier)} (or its init by {_factor(-multiplier)} and its lr by {_factor(-shift * multiplier)})")  # fmt: skip
+            yield self._multiplier(part, multiplier, shift)
             off_scale = off_rate = False
         if off_scale:
-            yield from self._init(part, scale)
+            yield self._init(part, scale)
         if off_rate:
-            own = slope(self.widths, [group.lr for group in part.groups])
-            severity = "note" if part.block.role == "embedding" and part.family == "adam" and abs(rate + 0.5) <= TOLERANCE else "error"
-            fix = f"a param group of its own, with lr multiplied by {_factor(-_nearest(rate))}"
-            fix = fix if severity == "error" else "none needed: u-muP's choice of an embedding lr (THEORY 2.4, D4)"
-            what = f"learning rate of {_a(part)} under {part.groups[0].optimizer}"
-            yield self._finding(part, "lr", what, _power(own), _power(own - _nearest(rate)), -_nearest(rate), fix, severity)
+            yield self._lr(part, rate)
         yield from self._decay(part, _nearest(rate) if off_rate else 0.0)
-        yield from self._epsilon(part, multiplier)
+        yield from self._epsilon(part, multiplier, folded)
 
-    def _init(self, part: _Part, scale: float) -> Iterator[Finding]:
-        own = slope(self.widths, part.init.size)
-        severity: Severity = "note" if part.bias and scale < 0 else "error"
-        fix = f"multiply its init_std by {_factor(-_nearest(scale))}"
-        if severity == "note":
-            fix = "start biases at zero, or at a width-independent size; torch's 1/√fan_in fades"
-        yield self._finding(
-            part, "init", f"init_std of {_a(part)}", _power(own), _power(own - _nearest(scale)), -_nearest(scale), fix, severity
+    def _multiplier(self, part: _Part, power: float, shift: int) -> Finding:
+        own = slope(self.widths, part.numbers) if len(set(part.numbers)) > 1 else 0.0
+        instead = f"or its init by {_factor(-power)} and its lr by {_factor(-shift * power)}"
+        return _finding(
+            part,
+            "multiplier",
+            f"forward multiplier of {_a(part)}",
+            _power(own),
+            _power(own - power),
+            -power,
+            f"multiply what it makes by {_factor(-power)} ({instead})",
+        )
+
+    def _init(self, part: _Part, power: float) -> Finding:
+        own, nearest = slope(self.widths, part.init.size), _nearest(power)
+        fades = part.bias and power < 0
+        fix = "start biases at zero, or at a width-independent size; torch's 1/√fan_in fades" if fades else ""
+        return _finding(
+            part,
+            "init",
+            f"init_std of {_a(part)}",
+            _power(own),
+            _power(own - nearest),
+            -nearest,
+            fix or f"multiply its init_std by {_factor(-nearest)}",
+            "note" if fades else "error",
+        )
+
+    def _lr(self, part: _Part, power: float) -> Finding:
+        own, nearest = slope(self.widths, [group.lr for group in part.groups]), _nearest(power)
+        chosen = part.block.role == "embedding" and part.family == "adam" and abs(power + 0.5) <= TOLERANCE
+        fix = "none needed: u-muP's choice of an embedding lr (THEORY 2.4, D4)" if chosen else ""
+        return _finding(
+            part,
+            "lr",
+            f"learning rate of {_a(part)} under {part.groups[0].optimizer}",
+            _power(own),
+            _power(own - nearest),
+            -nearest,
+            fix or f"a param group of its own, with lr multiplied by {_factor(-nearest)}",
+            "note" if chosen else "error",
         )
 
     def _decay(self, part: _Part, rate: float) -> Iterator[Finding]:
         if part.groups[0].l2:
-            yield self._finding(part, "weight_decay", f"weight decay of {_a(part)}", "an L2 term inside Adam", "decoupled", None,
-                                "use AdamW: Adam divides the decay by the gradient's size, which has another power of d (TP5, B.3)")  # fmt: skip
+            fix = "use AdamW: Adam divides the decay by the gradient's size, which has another power of d (TP5, B.3)"
+            yield _finding(part, "weight_decay", f"weight decay of {_a(part)}", "an L2 term inside Adam", "decoupled", None, fix)
             return
         fractions = [group.weight_decay for group in part.groups]
         if not all(fractions):
             return
         power = slope(self.widths, fractions) - rate
         if abs(power) > TOLERANCE:
-            yield self._finding(part, "weight_decay", f"fraction of {_a(part)} decayed per step, lr·weight_decay", _power(power), _power(0.0),
-                                -_nearest(power), f"multiply its weight_decay by {_factor(-_nearest(power))}, as its lr is divided")  # fmt: skip
+            nearest = _nearest(power)
+            fix = f"multiply its weight_decay by {_factor(-nearest)}: what its lr is divided by"
+            what = f"fraction of {_a(part)} decayed per step, lr·weight_decay"
+            yield _finding(part, "weight_decay", what, _power(power), _power(0.0), -nearest, fix)
 
-    def _epsilon(self, part: _Part, multiplier: float) -> Iterator[Finding]:
+    def _epsilon(self, part: _Part, multiplier: float, folded: sympy.Expr) -> Iterator[Finding]:
         eps = [group.eps for group in part.groups]
         if part.family != "adam" or not all(eps):
             return
-        wanted = part.block.eps / part.block.multiplier
+        wanted = part.block.eps * folded / (part.block.multiplier * part.ratio)
         entries = [
             float(wanted.subs(dict.fromkeys(wanted.free_symbols, width))) * number * width**-multiplier
             for width, number in zip(self.widths, part.numbers, strict=True)
         ]
-        power = slope(self.widths, [e / g for e, g in zip(eps, entries, strict=True)])
-        if max(e / g for e, g in zip(eps, entries, strict=True)) > NEGLIGIBLE and abs(power) > TOLERANCE:
-            own = slope(self.widths, eps)
-            yield self._finding(part, "eps", f"Adam's ε for {_a(part)}, {eps[-1]:.1g} beside gradients of order {entries[-1]:.1g}", _power(own),
-                                _power(own - _nearest(power)), -_nearest(power),
-                                f"multiply its eps by {_factor(-_nearest(power))}, or make eps negligible (1e-12)")  # fmt: skip
+        ratios = [e / g for e, g in zip(eps, entries, strict=True)]
+        power = slope(self.widths, ratios)
+        if max(ratios) > NEGLIGIBLE and abs(power) > TOLERANCE:
+            own, nearest = slope(self.widths, eps), _nearest(power)
+            what = f"Adam's ε for {_a(part)}, {eps[-1]:.1g} beside gradients of order {entries[-1]:.1g}"
+            fix = f"multiply its eps by {_factor(-nearest)}, or make eps negligible (1e-12)"
+            yield _finding(part, "eps", what, _power(own), _power(own - nearest), -nearest, fix)
 
-    @staticmethod
-    def _finding(
-        part: _Part, kind: Kind, what: str, found: str, expected: str, power: float | None, fix: str, severity: Severity = "error"
-    ) -> Finding:
-        factor = None if power is None else WIDTH ** sympy.Rational(str(power))
-        return Finding(
-            kind=kind,
-            severity=severity,
-            weights=(part.rule.name,),
-            what=what,
-            found=found,
-            expected=expected,
-            factor=factor,
-            where=part.source,
-            fix=fix,
-        )
+
+def _finding(
+    part: _Part, kind: Kind, what: str, found: str, expected: str, power: float | None, fix: str, severity: Severity = "error"
+) -> Finding:
+    return Finding(
+        kind=kind,
+        severity=severity,
+        weights=(part.rule.name,),
+        what=what,
+        found=found,
+        expected=expected,
+        factor=None if power is None else WIDTH ** sympy.Rational(str(power)),
+        where=part.source,
+        fix=fix,
+    )
+
+
+def _lookup(part: _Part) -> Finding:
+    fix = "give embeddings to AdamW: their rows are separate vectors"
+    return _finding(
+        part, "matrix optimizer", "a lookup in a matrix optimizer", "updated as one matrix UVᵀ", "updated row by row", None, fix
+    )
 
 
 def _attention(contraction: Contraction, missing: sympy.Expr) -> Finding:
@@ -388,12 +424,12 @@ def _attention(contraction: Contraction, missing: sympy.Expr) -> Finding:
         kind="attention",
         severity="error",
         weights=contraction.folded,
-        what=f"{name} over an axis of length {size}",
-        found=str(contraction.present),
-        expected=str(1 / size),
+        what=f"{name} over an axis of length {formula(size)}",
+        found=formula(contraction.present),
+        expected=formula(1 / size),
         factor=WIDTH ** exponent(missing),
         where=contraction.source,
-        fix=f"scale by 1/({size}) (times a constant) in place of {contraction.present}: trained q and k align (TP5, definition 4.1)",
+        fix=f"scale by {formula(1 / size)}, times a constant: trained q and k align (TP5, definition 4.1)",
     )
 
 

@@ -21,7 +21,7 @@ from scaling.propagation import MOVES
 from scaling.records import Block, ScalingTable, WeightRule
 from scaling.uses import Dot, WeightUse
 
-__all__ = ["Group", "Init", "UPDATES", "deviation", "groups_of", "inits", "multipliers", "optimizers_in", "slope"]
+__all__ = ["UPDATES", "Group", "Init", "deviation", "groups_of", "inits", "multipliers", "optimizers_in", "slope"]
 
 
 # --- powers of the width ------------------------------------------------------------------------------------------------------------
@@ -121,13 +121,14 @@ MUON_SCALES: dict[str | None, Callable[[float, float], float]] = {
     "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
     "none": lambda rows, columns: 1.0,
 }
-"""`adjust_lr_fn` of torch.optim.Muon, and the names other implementations have -> the factor on UVᵀ (THEORY 1.4; None is Keller Jordan's)."""
+"""`adjust_lr_fn` of torch.optim.Muon, and the names other implementations have -> the factor on UVᵀ (THEORY 1.4). None is "original"."""
 
 
 def _muon_scale(shape: Sequence[int], group: Mapping[str, Any]) -> float:
     name = group.get("adjust_lr_fn", group.get("scale"))
     if name not in MUON_SCALES:
-        raise CannotMeasure(f"Muon's scale mode {name!r} is not known", f"known are {', '.join(map(str, MUON_SCALES))}")
+        what = f"Muon's scale mode {name!r} is not known"
+        raise CannotMeasure(what, f"known are {', '.join(map(str, MUON_SCALES))}")
     return MUON_SCALES[name](shape[0], math.prod(shape[1:]))
 
 
@@ -141,7 +142,10 @@ UPDATES: dict[str, tuple[str, Scale]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """How one weight is updated at one width. `coupled`: a step decays by lr·weight_decay; `l2`: the decay goes through Adam."""
+    """How one weight is updated at one width. `weight_decay` is the fraction lr·λ decayed per step; `l2`: the decay goes through Adam.
+
+    `parts` has one group for each block of the weight where the optimizer tells them apart.
+    """
 
     family: str
     optimizer: str
@@ -149,6 +153,11 @@ class Group:
     weight_decay: float
     eps: float
     l2: bool
+    parts: tuple[Group, ...] = ()
+
+    def part(self, block: int) -> Group:
+        """How one block is updated."""
+        return self.parts[block] if block < len(self.parts) else self
 
 
 def optimizers_in(given: object) -> list[torch.optim.Optimizer]:
@@ -158,7 +167,8 @@ def optimizers_in(given: object) -> list[torch.optim.Optimizer]:
     if isinstance(given, (list, tuple)):
         return [one for part in given for one in optimizers_in(part)]
     if not hasattr(given, "param_groups"):
-        raise CannotMeasure(f"build returned a {type(given).__name__} in place of an optimizer", "return model, optimizer")
+        what = f"build returned a {type(given).__name__} in place of an optimizer"
+        raise CannotMeasure(what, "return model, optimizer")
     return [given]  # pyright: ignore[reportReturnType]
 
 
@@ -183,6 +193,7 @@ def _group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: T
     decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
     decay = float(group.get("weight_decay", 0.0)) * float(group.get("wd_scale", 1.0))
     kind = type(optimizer).__name__
+    blocks = [{**group, **block, "blocks": None} for block in group.get("blocks") or ()]
     return Group(
         family=family,
         optimizer=kind,
@@ -190,6 +201,7 @@ def _group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: T
         weight_decay=decay * float(group["lr"]) * float(group.get("lr_scale", 1.0)),
         eps=float(group.get("eps", 0.0)) * float(group.get("eps_scale", 1.0)) if family == "adam" else 0.0,
         l2=decay > 0 and not decoupled and kind in {"Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad"},
+        parts=tuple(_group(optimizer, block, weight) for block in blocks),
     )
 
 
@@ -200,7 +212,8 @@ def _update(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> tuple
         if one.__name__ in UPDATES:
             return UPDATES[one.__name__]
     kind = type(optimizer).__name__
-    raise CannotMeasure(f"what {kind} updates a weight by is not known", f"say it: scaling.observed.UPDATES[{kind!r}] = ('adam', scale)")
+    what = f"what {kind} updates a weight by is not known"
+    raise CannotMeasure(what, f"say it: scaling.observed.UPDATES[{kind!r}] = UPDATES['Adam'], if its entries are ±1")
 
 
 # --- forward multipliers ------------------------------------------------------------------------------------------------------------
@@ -215,9 +228,7 @@ def multipliers(graph: LayerGraph, uses: Sequence[WeightUse], dots: Sequence[Dot
     out: dict[WeightUse, tuple[float, ...]] = {}
     for use in uses:
         numbers = [_number(graph, graph.calls[node]) for node in _chain(graph, use.operand)]
-        for node in _after(graph, use.call.node):
-            if node not in taken:
-                numbers.append(_number(graph, graph.calls[node]))
+        numbers += [_number(graph, graph.calls[node]) for node in _after(graph, use.call.node) if node not in taken]
         out[use] = tuple(math.prod(abs(row[i]) for row in numbers) for i in range(len(graph.recordings)))
     made = {node for use in uses for node in _after(graph, use.call.node)}
     for use in uses:

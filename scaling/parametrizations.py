@@ -493,7 +493,7 @@ def _moved(rule: WeightRule, multiplier: sympy.Expr) -> WeightRule:
     if theta == 1:
         return rule
     blocks = tuple(block.model_copy(update={"multiplier": block.multiplier * theta}) for block in rule.blocks)
-    uses = tuple(use.model_copy(update={"multiplier": use.multiplier}) for use in rule.uses)
+    uses = tuple(use.model_copy(update={"multiplier": use.multiplier * theta}) for use in rule.uses)
     notes = [note for note in rule.notes if not note.startswith("tied: its use at")]
     if len(uses) > 1:
         notes += [f"tied: its use at {use.source} is multiplied by {use.multiplier}" for use in uses if use.multiplier != 1]

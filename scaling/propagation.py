@@ -752,6 +752,82 @@ def _normalisation(context: Context, call: Call, values: Values) -> Result | Non
     return out, pull
 
 
+def _recurrent(bounded: Curve) -> Rule:
+    """lstm, gru, rnn: h = f(W_ih·x + W_hh·h + b) over a finite number of steps; gates are Θ(1) (THEORY 2.2, row 29)."""
+
+    def rule(context: Context, call: Call, values: Values) -> Result | None:
+        params = call.get("params")
+        biases = call.get("has_biases")
+        nodes = [n for n in params if isinstance(n, fx.Node)] if isinstance(params, (list, tuple)) else []
+        count = 4 if biases else 2
+        given = dict(zip(call.tensors, values, strict=True))
+        states = [v.whole(joined) for n in nodes if (v := given.get(n)) is not None]
+        x = values[0]
+        if x is None or not nodes or len(nodes) % count or len(states) != len(nodes):
+            return None
+        directions = 2 if call.get("bidirectional") else 1
+        below, cells = x.whole(joined), []
+        for first in range(0, len(nodes), count * directions):
+            layer = [_Cell.of(context, nodes, states, at, count, below, bounded) for at in range(first, first + count * directions, count)]
+            cells.append(layer)
+            below = joined([cell.hidden for cell in layer])
+
+        def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+            back: dict[fx.Node, Exponent] = {}
+            e = d.whole(_top)
+            for layer in reversed(cells):
+                for cell in layer:
+                    back |= dict(zip(nodes[cell.at : cell.at + count], cell.handed_back(context, e), strict=False))
+                e = top(*(cell.to_input(context, e) for cell in layer))
+            back[call.tensors[0]] = e  # pyright: ignore[reportArgumentType]
+            return [Pieces.of(back[n]) if n in back else None for n in call.tensors]  # pyright: ignore[reportArgumentType]
+
+        return Pieces.of(below), pull
+
+    return rule
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One layer, in one direction, of a recurrent operator: its matrices with the powers of d in their columns and rows, and what it gets."""
+
+    at: int
+    matrices: tuple[tuple[State, Fraction, Fraction], ...]
+    given: tuple[State, State]
+    hidden: State
+
+    @classmethod
+    def of(
+        cls, context: Context, nodes: Sequence[fx.Node], states: Sequence[State], at: int, count: int, x: State, bounded: Curve
+    ) -> _Cell:
+        """The cell of the weights from `at` on."""
+        matrices = []
+        for node, state in zip(nodes[at : at + 2], states[at : at + 2], strict=True):
+            rows, columns = (context.order(dim) for dim in context.dims(node))
+            matrices.append((state, columns, rows))
+        (w, columns, rows), (u, own, _) = matrices
+        parts = [_contract(x, w, columns, ZERO, rows), *states[at + 2 : at + count]]
+        for _ in range(2):  # the second step is as every later one
+            hidden = bounded(joined(parts))[0]
+            parts = [*parts[:1], *states[at + 2 : at + count], _contract(hidden, u, own, ZERO, rows)]
+        return cls(at, tuple(matrices), (x, hidden), hidden)
+
+    def handed_back(self, context: Context, d: Exponent) -> list[Exponent]:
+        """The gradients of W_ih, W_hh and the biases."""
+        d = self.through_time(context, d)
+        return [plus(d, self.given[0].after), plus(d, self.given[1].after), d, d]
+
+    def through_time(self, context: Context, d: Exponent) -> Exponent:
+        """The gradient of the sums inside, from all steps."""
+        matrix, columns, rows = self.matrices[1]
+        return top(d, plus(d, _handed_back(context, matrix, rows, columns)))
+
+    def to_input(self, context: Context, d: Exponent) -> Exponent:
+        """The gradient of the input."""
+        matrix, columns, rows = self.matrices[0]
+        return plus(self.through_time(context, d), _handed_back(context, matrix, rows, columns))
+
+
 def _lookup(context: Context, call: Call, values: Values) -> Result | None:
     table = values[0]
     if table is None:
@@ -906,6 +982,8 @@ def _rules() -> dict[str, Rule]:
         *((name, _lookup) for name in ("embedding",)),
         *((name, _gather) for name in ("index", "index_select", "gather", "topk", "sort")),
         ("glu", _glu),
+        *((name, _recurrent(_odd_bounded)) for name in ("lstm", "gru", "rnn_tanh")),
+        ("rnn_relu", _recurrent(_positive)),
     ]
     return {f"aten.{name}": rule for name, rule in rows}
 

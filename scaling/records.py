@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,6 +52,12 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
 
 
+def _short(file: str) -> str:
+    """A path as one would say it: below the current folder, or below site-packages."""
+    below = file.rpartition("site-packages/")[2]
+    return below if below != file else file.removeprefix(f"{Path.cwd()}/")
+
+
 class Source(Record):
     """A line of the user's own file, and the module whose forward it belongs to."""
 
@@ -60,7 +67,7 @@ class Source(Record):
     module: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.code}" + (f"  (in {self.module})" if self.module else "")
+        return f"{_short(self.file)}:{self.line}: {self.code}" + (f"  (in {self.module})" if self.module else "")
 
 
 class Factor(Record):
@@ -378,6 +385,13 @@ class ScalingTable(Record):
         if self._trace is None:
             raise NoGraph(self.model)
         return self._trace
+
+    def __eq__(self, other: object) -> bool:
+        """Equal rules are equal tables, wherever they were derived or read."""
+        return isinstance(other, ScalingTable) and all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields)
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.rules))
 
     @property
     def width(self) -> sympy.Symbol:

@@ -72,8 +72,6 @@ def _rule(call: Call, uses: list[WeightUse], growth: Growth, folds: list[Fold], 
         for fold in folds:
             if _selected(fold.selection, [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]):
                 target *= fold.target
-                needed = f"1/({fold.contraction.dim}) that {fold.contraction.operator} needs at {fold.contraction.source}"
-                notes[f"carries {fold.target} of the {needed}"] = None
         block = maps[0].model_copy(update={"target": target})
         blocks.append(block)
         for use, multiplier in zip(covering, _multipliers(call, maps, covering), strict=True):

@@ -524,6 +524,28 @@ def test_pitfall(tables, odd, case):
     assert all(cure.startswith(f"{name}: ") for cure in verdict.cures)
 
 
+def test_p24_an_output_bias_at_lr_d_moves_logits_and_no_feature(tables):
+    naive = changed(parametrization(tables["MLP"], "table3", "sgd"), "head.bias", lr=d, weight_decay=1 / d)
+    verdict = verify(naive, table=tables["MLP"])
+    assert (verdict.verdict, verdict.r) == ("unstable_logits", 0)
+
+
+class Gated(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.first, self.gate, self.head = nn.Linear(5, d), nn.Parameter(torch.ones(())), nn.Linear(d, 3)
+
+    def forward(self, x):
+        return self.head(self.gate * torch.tanh(self.first(x)))
+
+
+def test_a_gate_inside_the_model_at_lr_d_moves_features():
+    table = derive(Gated, torch.zeros(2, 5), widths=(64, 128))
+    for family in ("sgd", "adam"):
+        naive = changed(parametrization(table, "table3", family), "gate", lr=d, weight_decay=1 / d)
+        assert verify(naive, table=table).verdict == "unstable"
+
+
 def test_p30_what_the_root_of_d_in_attention_leaves_missing_must_be_folded(tables):
     """SDPA divides by √head_dim; head_dim grows, so another 1/√head_dim is needed, here in the init and rate of W_q."""
     table = tables["fixed heads"]
