@@ -6,6 +6,7 @@ from scaling.flow import flow
 from scaling.lint import lint
 from scaling.measure import assumptions, coordinate_check, learning_rate_sweep
 from scaling.operators import register
+from scaling.parametrizations import parametrization
 from scaling.records import ScalingTable
 from scaling.verify import verify
 
@@ -18,6 +19,7 @@ __all__ = [
     "flow",
     "learning_rate_sweep",
     "lint",
+    "parametrization",
     "register",
     "verify",
 ]

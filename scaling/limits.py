@@ -33,7 +33,7 @@ def exact(value: object) -> sympy.Expr:
         ValueError: on a float, which is not exact, or on any other text.
 
     >>> exact("sqrt(Min(1, 65/d)/d)")
-    sqrt(Min(1, 65/d)/d)
+    sqrt(Min(1, 65/d))/sqrt(d)
     """
     if isinstance(value, str):
         return _parse(ast.parse(value, mode="eval").body, value)

@@ -789,7 +789,7 @@ def _recurrent(bounded: Curve) -> Rule:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One layer, in one direction, of a recurrent operator: its matrices with the powers of d in their columns and rows, and what it gets."""
+    """One layer of a recurrent operator in one direction: its matrices with the powers of d in their columns and rows."""
 
     at: int
     matrices: tuple[tuple[State, Fraction, Fraction], ...]
@@ -807,9 +807,8 @@ class _Cell:
             matrices.append((state, columns, rows))
         (w, columns, rows), (u, own, _) = matrices
         parts = [_contract(x, w, columns, ZERO, rows), *states[at + 2 : at + count]]
-        for _ in range(2):  # the second step is as every later one
-            hidden = bounded(joined(parts))[0]
-            parts = [*parts[:1], *states[at + 2 : at + count], _contract(hidden, u, own, ZERO, rows)]
+        begun = bounded(joined(parts))[0]
+        hidden = bounded(joined([*parts, _contract(begun, u, own, ZERO, rows)]))[0]  # as in every later step
         return cls(at, tuple(matrices), (x, hidden), hidden)
 
     def handed_back(self, context: Context, d: Exponent) -> list[Exponent]:

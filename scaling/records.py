@@ -243,7 +243,7 @@ class WeightRule(Record):
     @property
     def multiplier(self) -> sympy.Expr:
         """The fixed factor on the weight in the forward pass; for a tied weight the one of its later use."""
-        scaled = [use.multiplier for use in self.uses if use.multiplier != 1]
+        scaled = [use.multiplier for use in reversed(self.uses) if use.multiplier != 1]
         return scaled[0] if scaled else self._agreed("multiplier", [block.multiplier for block in self.blocks])
 
     @property

@@ -267,36 +267,34 @@ def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(nam
     assert shared or not before[0].dim() or name in UNSHARED
 
 
-PERMUTED = set(
-    [
-        "_softmax",
-        "cumprod",
-        "cumsum",
-        "flip",
-        "group_norm",
-        "gru",
-        "gru_cell",
-        "index_add",
-        "index_copy",
-        "index_put",
-        "instance_norm",
-        "layer_norm",
-        "log_softmax",
-        "lstm",
-        "lstm_cell",
-        "reflection_pad1d",
-        "rms_norm",
-        "rnn_relu",
-        "rnn_relu_cell",
-        "rnn_tanh",
-        "rnn_tanh_cell",
-        "roll",
-        "rot90",
-        "select_scatter",
-        "slice_scatter",
-        "softmax",
-    ]
-)
+PERMUTED = {
+    "_softmax",
+    "cumprod",
+    "cumsum",
+    "flip",
+    "group_norm",
+    "gru",
+    "gru_cell",
+    "index_add",
+    "index_copy",
+    "index_put",
+    "instance_norm",
+    "layer_norm",
+    "log_softmax",
+    "lstm",
+    "lstm_cell",
+    "reflection_pad1d",
+    "rms_norm",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
+    "roll",
+    "rot90",
+    "select_scatter",
+    "slice_scatter",
+    "softmax",
+}
 """These keep an axis but mix or move its indices: the same dimension, other entries."""
 UNSHARED = {"fill"}
 """No value of the input is left."""
