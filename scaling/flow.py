@@ -29,7 +29,9 @@ STEPS = 8
 
 
 class FlowValue(Record):
-    """The value of one operator. Exponents of d; -oo where it is exactly zero, oo where every step makes it grow, None where no rule tells.
+    """The value of one operator, or the logits inside a fused attention.
+
+    Exponents of d; -oo where it is exactly zero, oo where every step makes it grow, None where no rule tells.
 
     `init` is its RMS at init, `change` the RMS of its change once training has gone on for a few steps and `first` after one; `gradient` is
     the RMS of the loss' gradient after a few steps and `gradient_at_init` before any.
@@ -226,6 +228,7 @@ class _Moment:
     gradients: dict[fx.Node, Pieces[Exponent]]
     updates: dict[fx.Node, tuple[Exponent, ...]]
     settled: bool
+    logits: dict[fx.Node, tuple[State, Exponent]]
 
 
 class _Run:
@@ -260,7 +263,7 @@ class _Run:
             values, gradients = self._pass(updates)
             following = {node: self._updated(weight, updates[node], gradients.get(node)) for node, weight in self.weights.items()}
             settled = following == updates
-            moments.append(_Moment(values, gradients, dict(updates), settled))
+            moments.append(_Moment(values, gradients, dict(updates), settled, dict(self.context.logits)))
             if settled and step > 0:
                 break
             updates = following
@@ -318,19 +321,13 @@ class _Run:
         values = []
         for node, call in self.graph.calls.items():
             if node.op == "call_function" and node in self.graph.data:
-                values.append(
-                    FlowValue(
-                        name=str(node),
-                        module=call.source.module,
-                        operator=call.name,
-                        source=call.source,
-                        init=_exact(moments[0].values[node].whole(joined).init),
-                        first=_exact(moments[1].values[node].whole(joined).change),
-                        change=_settled(*(m.values[node].whole(joined).change for m in moments[-2:]), settled=last.settled),
-                        gradient_at_init=_exact(_whole(moments[0].gradients.get(node))),
-                        gradient=_settled(*(_whole(m.gradients.get(node)) for m in moments[-2:]), settled=last.settled),
-                    )
-                )
+                if node in last.logits:
+                    inside = [m.logits[node] for m in moments]
+                    sizes = [(state.init, state.change, gradient) for state, gradient in inside]
+                    values.append(_value(call, f"{node}.logits", "attention logits", sizes, settled=last.settled))
+                states = [m.values[node].whole(joined) for m in moments]
+                sizes = [(s.init, s.change, _whole(m.gradients.get(node))) for s, m in zip(states, moments, strict=True)]
+                values.append(_value(call, str(node), call.name, sizes, settled=last.settled))
         return Flow(
             model=self.table.model,
             optimizer=optimizer,
@@ -352,6 +349,21 @@ class _Run:
                 yield FlowWeight(
                     name=weight.rule.name, block=i, init=_exact(init), change=_exact(update), entries=_exact(size), norm=_exact(norm)
                 )
+
+
+def _value(call: Call, name: str, operator: str, sizes: list[tuple[Exponent, Exponent, Exponent]], *, settled: bool) -> FlowValue:
+    """A value from its (init, change, gradient) after 0, 1, … updates."""
+    return FlowValue(
+        name=name,
+        module=call.source.module,
+        operator=operator,
+        source=call.source,
+        init=_exact(sizes[0][0]),
+        first=_exact(sizes[1][1]),
+        change=_settled(*(change for _, change, _ in sizes[-2:]), settled=settled),
+        gradient_at_init=_exact(sizes[0][2]),
+        gradient=_settled(*(gradient for *_, gradient in sizes[-2:]), settled=settled),
+    )
 
 
 def _whole(pieces: Pieces[Exponent] | None) -> Exponent:

@@ -24,7 +24,7 @@ __all__ = ["Growth", "Override", "growth_of"]
 
 Override = Mapping[str, "int | Sequence[int]"]
 FAR_SMALLER = 16
-"""A class this many times smaller than the hub is taken as fixed (ranks, state sizes; ../shared/TRACING.md section 5b)."""
+"""A class this many times smaller than every growing axis it shares a matrix with is taken as fixed (ranks, state sizes)."""
 
 ANCHORS = {
     "looked_up": "looked up by an index",
@@ -188,6 +188,7 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
         decided |= {atom: (True, "the axis that most matrices use") for atom in hub_leaves if atom not in decided}
     for dim in products:
         _choose_factor(axes, dim, decided, hub_leaves, size, heads)
+    _spread(axes, weights, decided)
     for dim in singles:
         decided |= {atom: _single(atom, size) for atom in axes.leaves(dim) if atom not in decided}
     everything = (atom for _, dims in weights.values() for dim in dims for atom in axes.leaves(dim))
@@ -219,6 +220,22 @@ def _has(axes: Axes, dim: Dim, fact: str) -> bool:
     return fact in _facts(axes, dim)
 
 
+def _spread(axes: Axes, weights: dict, decided: dict[Atom, tuple[bool, str]]) -> None:
+    """What shares a matrix with a growing axis not far larger grows too, and so on: stages of a convolutional net, each twice the last."""
+    matrices = [[_pieces(axes, dim) for dim in dims] for _, dims in weights.values() if len(dims) > 1]
+    changed = True
+    while changed:
+        changed = False
+        for pieces in matrices:
+            growing = [axes.size(dim)[0] for dims in pieces for dim in dims if any(decided.get(a, (False,))[0] for a in axes.leaves(dim))]
+            for dim in (dim for dims in pieces for dim in dims if len(dim) == 1 and growing):
+                for atom in axes.leaves(dim):
+                    choice = _single(atom, min(growing)) if atom not in decided else (False, "")
+                    if choice[0]:
+                        decided[atom] = choice
+                        changed = True
+
+
 def _single(atom: Atom, hub: int) -> tuple[bool, str]:
     for fact, reason in ANCHORS.items():
         if fact in atom.facts:
@@ -226,8 +243,8 @@ def _single(atom: Atom, hub: int) -> tuple[bool, str]:
     if "output" in atom.facts and "summed" not in atom.facts:
         return False, "it only leaves the model"
     if atom.size[0] * FAR_SMALLER <= hub:
-        return False, f"at least {FAR_SMALLER} times smaller than d"
-    return True, "not far smaller than d"
+        return False, f"at least {FAR_SMALLER} times smaller than what grows"
+    return True, "not far smaller than what grows"
 
 
 def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], hub: set[Atom], size: int, heads: str) -> None:

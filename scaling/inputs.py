@@ -79,6 +79,40 @@ def _ids(*shape: int) -> Tensor:
     return (torch.arange(torch.Size(shape).numel()) % 3 + 1).reshape(shape)
 
 
+def _huggingface(model: nn.Module) -> Iterator[Inputs]:
+    """What `main_input_name`, the forward's parameters and the config say, the fullest call first."""
+    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if main is None or config is None:
+        return
+    names = inspect.signature(model.forward).parameters
+    more: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
+    asked = [name for name in ("input_ids", "pixel_values") if name in names and name != main]
+    decoder = {"decoder_input_ids": _ids(BATCH, LENGTH - 1)} if "decoder_input_ids" in names else {}
+    for value in _modality(main, config):
+        for extra in [{name: next(_modality(name, config)) for name in asked}, {}] if asked else [{}]:
+            for tokens in [decoder, {}] if decoder else [{}]:
+                yield (), {main: value, **extra, **tokens, **more}
+
+
+def _modality(name: str, config: Any) -> Iterator[Tensor]:
+    """Tensors that an input of this name usually is, by the config's own sizes."""
+    vision = getattr(config, "vision_config", config)
+    mels = getattr(config, "num_mel_bins", None) or getattr(getattr(config, "audio_config", config), "num_mel_bins", 80)
+    if name == "input_ids":
+        yield _ids(BATCH, LENGTH)
+    elif name == "pixel_values":
+        channels, size = getattr(vision, "num_channels", 3), getattr(vision, "image_size", 224)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        yield torch.zeros(BATCH, channels, height, width)
+        frames = getattr(vision, "num_frames", None)
+        if frames is not None:
+            yield torch.zeros(BATCH, frames, channels, height, width)
+    elif name == "input_values":
+        yield from (torch.zeros(BATCH, 16000), torch.zeros(BATCH, 1, 16000), torch.zeros(BATCH, getattr(config, "max_length", 1024), mels))
+    elif name == "input_features":
+        yield from (torch.zeros(BATCH, mels, 3000), torch.zeros(BATCH, 100, mels))
+
+
 def _dummy(model: nn.Module) -> Iterator[Inputs]:
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, dict):
@@ -87,22 +121,6 @@ def _dummy(model: nn.Module) -> Iterator[Inputs]:
         yield tuple(dummy), {}
     elif isinstance(dummy, Tensor):
         yield (dummy,), {}
-
-
-def _huggingface(model: nn.Module) -> Iterator[Inputs]:
-    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
-    if main is None or config is None:
-        return
-    names = inspect.signature(model.forward).parameters
-    more: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
-    if main == "input_ids":
-        if "decoder_input_ids" in names:
-            yield (), {main: _ids(BATCH, LENGTH), "decoder_input_ids": _ids(BATCH, LENGTH - 1), **more}
-        yield (), {main: _ids(BATCH, LENGTH), **more}
-    if main == "pixel_values":
-        channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        yield (), {main: torch.zeros(BATCH, channels, height, width), **more}
 
 
 # the dialogue

@@ -695,6 +695,22 @@ def pixel_shuffle(call: Call, axes: Axes) -> None:
     return None
 
 
+def picked(call: Call, axes: Axes) -> None:
+    """topk, sort, gather, scatter: along one axis entries are picked, the others are the same."""
+    dims = list(_input(call, axes))
+    if len(dims) != len(call.shape) or not dims:
+        return fresh(call, axes)
+    which = call.get("dim", -1) % len(dims)
+    out = [
+        dim if i != which and axes.size(dim) == size else axes.fresh(size)
+        for i, (dim, size) in enumerate(zip(dims, call.shape, strict=True))
+    ]
+    if axes.size(dims[which]) == call.shape[which]:
+        out[which] = dims[which]
+    axes.dims[call.node] = tuple(out)
+    return None
+
+
 def glu(call: Call, axes: Axes) -> None:
     """The two halves of an axis, multiplied."""
     dims = list(_input(call, axes))
@@ -780,6 +796,7 @@ _ROWS: list[dict[str, Operator]] = [
         "reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d",
         linear=False,
     ),
+    _moves(picked, "topk sort gather scatter scatter_add scatter_reduce take_along_dim", linear=False),
     _moves(glu, "glu", linear=False),
 ]
 

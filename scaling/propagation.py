@@ -47,12 +47,16 @@ Curve = Callable[[State], tuple[State, Exponent]]
 
 @dataclass(eq=False)
 class Context:
-    """The graph, what grows in it, and whether gradients are those at init (independent of the weights) or of a trained model."""
+    """The graph, what grows in it, and whether gradients are those at init (independent of the weights) or of a trained model.
+
+    `logits` is written: the logits inside scaled_dot_product_attention, and the size of their gradient.
+    """
 
     graph: LayerGraph
     growth: Growth
     dots: dict[fx.Node, Dot]
     trained: bool = False
+    logits: dict[fx.Node, tuple[State, Exponent]] = field(default_factory=dict)
     _orders: dict[tuple[int, ...], Fraction] = field(default_factory=dict)
 
     def order(self, dim: Dim) -> Fraction:
@@ -683,9 +687,12 @@ def _attention(context: Context, call: Call, values: Values) -> Result | None:
     logits = _contract(q, k, summed, ZERO, ZERO).scaled(scale)
     out = State.of(v.init, v.mean, top(v.change, plus(v.init, least(logits.change, ZERO))), v.roots)
 
+    context.logits[call.node] = logits, NOTHING
+
     def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
         e = d.whole(_top)
-        to_logits = plus(e, _handed_back(context, v, values_of, ZERO), scale)
+        context.logits[call.node] = logits, plus(e, _handed_back(context, v, values_of, ZERO))
+        to_logits = plus(context.logits[call.node][1], scale)
         shared_heads = context.gathered(repeats)
         to_q, to_k = plus(to_logits, k.after), plus(to_logits, q.after, shared_heads)
         return [Pieces.of(to_q), Pieces.of(to_k), Pieces.of(plus(e, shared_heads)), *(None for _ in values[3:])]

@@ -337,18 +337,42 @@ def test_one_tower_with_itself_is_aligned_from_the_start():
     assert inner_product(derive(make, (X, X), widths=(64, 128)))[0] == 0
 
 
-@pytest.mark.parametrize("manual", [False, True])
-def test_attention_over_a_growing_head_needs_the_rule_that_the_table_folds_into_q(manual):
+@pytest.mark.parametrize(("manual", "operator"), [(False, "attention logits"), (True, "aten.masked_fill")])
+def test_attention_over_a_growing_head_needs_the_rule_that_the_table_folds_into_q(manual, operator):
     table = derive(lambda d: models.GPT(d, heads=4, manual=manual), models.ids(), widths=(64, 128, 256))
     result = flow(table)
     moved = {v.change for v in result.values if v.module.startswith("h.") and v.operator not in {"getitem", "aten.matmul"}}
     assert moved <= {0, MINUS_HALF}  # q itself is smaller by 1/√d
     laws = {rule.name: tuple(Law(init_std=b.init_std / b.target, lr=b.lr["adam"] / b.target) for b in rule.blocks) for rule in table}
     naive = flow(table, parametrization=Parametrization(name="1/√d attention", family="adam", laws=laws))
-    if manual:
-        assert [v.operator for v in naive.blows_up if v.module == "h.0.attn"][:1] == ["aten.matmul"]
-        assert {(v.init, v.change) for v in result.values if v.operator == "aten.masked_fill"} == {(MINUS_HALF, 0)}
-        assert {(v.init, v.change) for v in naive.values if v.operator == "aten.masked_fill"} == {(0, -MINUS_HALF)}
+    assert {(v.init, v.change) for v in result.values if v.operator == operator} == {(MINUS_HALF, 0)}
+    assert {(v.init, v.change) for v in naive.values if v.operator == operator} == {(0, -MINUS_HALF)}
+    assert naive.blows_up[0].operator == ("aten.matmul" if manual else operator)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("scale", [-1, 0, 1])
+def test_a_norm_undoes_any_scale_and_its_change_stays_of_order_1(norm, scale):
+    def make(d):
+        return Net(lambda m, x: m.out(m.norm(m.stem(x) * d**scale)), **body(d, norm=norm(d, elementwise_affine=False), out=linear(d, 10)))
+
+    table = derive(make, (X,), widths=(64, 128, 256))
+    value = flow(table).of("norm")
+    assert (value.init, value.change) == (0, 0)
+    large = {rule.name: (Law(init_std=1, lr=WIDTH),) for rule in table}
+    value = flow(table, None, Parametrization(name="large steps", family="adam", laws=large)).of("norm")
+    assert (value.init, value.change) == (0, 0)
+
+
+def test_a_softmax_over_width_spreads_one_over_it_and_is_not_known_where_its_logits_grow():
+    def make(d):
+        return Net(lambda m, x: m.out(torch.softmax(m.stem(x), -1)), **body(d, out=linear(d, 10)))
+
+    table = derive(make, (X,), widths=(64, 128))
+    softmax = next(value for value in flow(table).values if value.operator == "aten.softmax")
+    assert (softmax.init, softmax.change) == (-1, -1)
+    grown = Parametrization(name="large", family="adam", laws={rule.name: (Law(init_std=WIDTH, lr=1),) for rule in table})
+    assert next(value for value in flow(table, None, grown).values if value.operator == "aten.softmax").init is None
 
 
 def test_q_and_k_gradients_start_smaller_than_they_become():
@@ -487,7 +511,8 @@ def test_recurrent_layers_have_the_sizes_of_hidden_matrices(kind):
 
 def compare(name, family, parametrization, widths, seeds=(0, 1), tolerance=0.2, steps=(1, 5), **options):
     """The slopes that are not as the flow says, and whether it says that something grows; then only the first that grows is compared,
-    one step in: what comes after it saturates. Of a larger model a mixture of two powers is measured there: at least THEORY 6.1's 0.3."""
+    one step in: what comes after it saturates. Of a larger model a
+    mixture of two powers is measured there, and must not look flat (0.15, THEORY 6.1)."""
     make, args = models.MODELS[name]
     table = derive(make, args, widths=(64, 128, 256))
     given = parametrized(table, family, parametrization)
@@ -505,7 +530,7 @@ def compare(name, family, parametrization, widths, seeds=(0, 1), tolerance=0.2, 
             expected = value.change if step == 5 else value.first
             if abs(slopes[step] - expected) > tolerance:
                 wrong.append((module, step, expected, slopes[step]))
-        if grown and module == grown[0] and (abs(slopes[1] - value.first) > 0.3 if name == "MLP" else slopes[1] < 0.3):
+        if grown and module == grown[0] and (abs(slopes[1] - value.first) > 0.3 if name == "MLP" else slopes[1] < 0.2):
             wrong.append((module, 1, value.first, slopes[1]))
     return wrong, bool(grown)
 

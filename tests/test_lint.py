@@ -219,6 +219,40 @@ def test_the_report_names_weight_factor_line_and_cure():
     assert LintReport.model_validate_json(report.to_json()) == report
 
 
+@pytest.mark.parametrize("place", ["on the weight", "before", "after", "after a bias and a view", "doubled"])
+def test_a_multiplier_is_found_wherever_the_forward_applies_it(place):
+    class Readout(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.stem, self.weight, self.bias = (
+                nn.Linear(16, d, bias=False),
+                nn.Parameter(torch.randn(10, d)),
+                nn.Parameter(torch.zeros(10)),
+            )
+            self.m = BASE / d
+
+        def forward(self, x):
+            x = torch.tanh(self.stem(x))
+            if place == "on the weight":
+                return F.linear(x, self.weight * self.m)
+            if place == "before":
+                return F.linear(x * self.m, self.weight)
+            if place == "after":
+                return F.linear(x, self.weight) * self.m
+            if place == "doubled":
+                return F.linear(x * self.m, self.weight) * self.m
+            return (F.linear(x, self.weight).view(-1, 2, 5) + self.bias.view(2, 5)) / (1 / self.m)
+
+    def build(d):
+        model = Readout(d)
+        weights = [model.stem.weight, model.weight]
+        return model, torch.optim.Adam([{"params": weights}, {"params": model.bias, "lr": 1e-3 / model.m}])
+
+    report = lint(build, torch.zeros(2, 16))
+    expected = {("multiplier", ("weight",), D)} if place == "doubled" else set()
+    assert {(f.kind, f.weights, f.factor) for f in report.faults if f.weight != "bias" and f.kind != "unused"} == expected
+
+
 def test_sgd_needs_its_own_factors():
     """P41: vector-like weights want d, readouts 1/d (table 3); Adam's factors under SGD are found."""
 

@@ -67,6 +67,7 @@ EXAMPLES = {
     "batch_norm": (lambda x, w, b, m, v: F.batch_norm(x, m, v * v, w, b), (R(2, 3, 4), R(3), R(3), R(3), R(3))),
     "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), (R(2, 3, 4), R(3), R(3))),
     "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), (R(2, 4, 5), R(4), R(4))),
+    "_weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), (R(3, 4), R(3, 1))),
     "prelu": (F.prelu, (R(2, 3, 4), R(3))),
     "add": (torch.add, (R(2, 3), R(3))),
     "sub": (torch.sub, (R(2, 3), R(3))),
@@ -191,6 +192,13 @@ EXAMPLES = {
     "reflection_pad2d": (lambda x: torch.ops.aten.reflection_pad2d(x, [1, 1, 1, 1]), (R(2, 3, 4, 4),)),
     "replication_pad1d": (lambda x: torch.ops.aten.replication_pad1d(x, [1, 1]), (R(2, 3, 4),)),
     "replication_pad2d": (lambda x: torch.ops.aten.replication_pad2d(x, [1, 1, 1, 1]), (R(2, 3, 4, 4),)),
+    "topk": (lambda x: x.topk(2, 1).values, (R(2, 5),)),
+    "sort": (lambda x: x.sort(1).values, (R(2, 5),)),
+    "gather": (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1]])), (R(2, 5),)),
+    "scatter": (lambda x, y: x.scatter(1, torch.tensor([[0, 2], [1, 3]]), y), (R(2, 5), R(2, 2))),
+    "scatter_add": (lambda x, y: x.scatter_add(1, torch.tensor([[0, 2], [1, 3]]), y), (R(2, 5), R(2, 2))),
+    "scatter_reduce": (lambda x, y: x.scatter_reduce(1, torch.tensor([[0, 2], [1, 3]]), y, "sum"), (R(2, 5), R(2, 2))),
+    "take_along_dim": (lambda x: x.take_along_dim(torch.tensor([[0, 2], [1, 1]]), 1), (R(2, 5),)),
     "glu": (lambda x: F.glu(x, 1), (R(2, 6),)),
 }
 NO_VALUES = {
@@ -269,6 +277,7 @@ def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(nam
 
 PERMUTED = {
     "_softmax",
+    "_weight_norm",
     "cumprod",
     "cumsum",
     "flip",
@@ -294,6 +303,7 @@ PERMUTED = {
     "select_scatter",
     "slice_scatter",
     "softmax",
+    "sort",
 }
 """These keep an axis but mix or move its indices: the same dimension, other entries."""
 UNSHARED = {"fill"}

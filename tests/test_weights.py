@@ -265,3 +265,39 @@ def test_grouped_query_attention_has_hidden_keys_while_their_heads_grow_and_outp
     assert [(b.role, b.fan_out, b.exponent("sgd"), b.exponent("adam"), b.exponent("eps")) for b in finite.blocks] == [
         ("output", 32, -1, -1, 0)
     ] * 2
+
+
+def tiny(config, model, **options):
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, model)(getattr(transformers, config)(vocab_size=61, **options))
+
+
+def test_mixtral_mamba_and_t5_from_their_configs_have_every_expert_state_and_table_right():
+    """Rows 17, 20, 21, 30: routed experts, a state space model with mixed rows, relative positions; no inputs, no code per model."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1}
+    mixtral = derive(
+        tiny(
+            "MixtralConfig",
+            "MixtralForCausalLM",
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            **sizes,
+        )
+    )
+    experts = mixtral["model.layers.0.mlp.experts.gate_up_proj"]
+    assert {(b.fan_in, b.fan_out, b.copies, b.role) for b in experts.blocks} == {(d, 3 * d / 2, 4, "hidden")}
+    assert len(experts.blocks) == 2
+    assert mixtral["model.layers.0.mlp.gate.weight"].role == "output"
+    mamba = derive(tiny("MambaConfig", "MambaForCausalLM", state_size=8, **sizes))
+    mixer = "backbone.layers.0.mixer"
+    assert [b.role for b in mamba[f"{mixer}.x_proj.weight"].blocks] == ["hidden", "output", "output"]
+    assert [mamba[f"{mixer}.{name}"].role for name in ("A_log", "D", "conv1d.weight", "dt_proj.bias")] == ["vector"] * 4
+    t5 = derive(tiny("T5Config", "T5ForConditionalGeneration", d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4))
+    assert t5["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].exponent("sgd") == 1
+    for table in (mixtral, mamba, t5):
+        assert table.coverage.unreached == table.coverage.operators_without_rule == ()
+        assert all(c.known for c in table.classes)
