@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling.errors import CannotMeasure
+from scaling.flow import Flow, predicted_slopes
 from scaling.maps import GRADIENT, WeightMaps, full, predicted_norms
 from scaling.measured import Assumptions, CoordinateCheck, Measurement, Quantity, Series
 from scaling.records import ScalingTable
@@ -52,6 +53,7 @@ def coordinate_check(
     loss: Loss = cross_entropy,
     tolerance: float = 0.15,
     table: ScalingTable | None = None,
+    flow: Flow | None = None,
 ) -> CoordinateCheck:
     """Trains a model of each width for a few steps; fits how its activations, their changes and its weights' norms grow with width.
 
@@ -70,6 +72,8 @@ def coordinate_check(
         tolerance: the largest |slope| of a change that passes; 0.15 suits widths 64 to 1024 (THEORY 6.1).
         table: the model's. Norms are then those of each map (block, copy) of a weight, the largest copy's, beside the predicted
             exponent of √(fan_out/fan_in); without it they are of the weight as a matrix, its first axis × the others.
+        flow: what `scaling.flow` predicts of the parametrization that `build` applies, printed beside what is measured; without it the
+            prediction is that of the derived rules, 0 for every change.
 
     Raises:
         CannotMeasure: if there is nothing to compare, or `build` or `batches` is not what it should be.
@@ -90,8 +94,7 @@ def coordinate_check(
                 yield from _tagged("update", step, weights.norms(moved))
 
     runs, environment = _over_widths(build, widths, seeds, measure)
-    norms = predicted_norms(table)
-    series, skipped = _series(runs, lambda key: 0.0 if key[0] == "change" else norms.get(key[1]))
+    series, skipped = _series(runs, _predictions(table, flow))
     return CoordinateCheck(
         widths=tuple(widths),
         steps=steps,
@@ -241,6 +244,23 @@ def _over_widths(
             runs[width].append(dict(measure(model, optimizer)))
             environment.append(Environment.of(model))
     return runs, environment[0]
+
+
+def _predictions(table: ScalingTable | None, flow: Flow | None) -> Callable[[Key], float | None]:
+    """(quantity, name, step) -> the exponent theory gives, or None."""
+    norms = predicted_norms(table)
+    slopes = predicted_slopes(flow) if flow is not None else None
+
+    def predicted(key: Key) -> float | None:
+        quantity, name, step = key
+        if quantity in {"weight", "update"}:
+            return norms.get(name)
+        if slopes is None:
+            return 0.0 if quantity == "change" else None
+        exponent = slopes.get(name, {}).get(min(step, 2))
+        return float(exponent) if exponent is not None and exponent.is_finite else None
+
+    return predicted
 
 
 def _series(

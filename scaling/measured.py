@@ -86,7 +86,10 @@ class CoordinateCheck(Measurement):
 
     @property
     def predicted(self) -> dict[str, dict[int, float | None]]:
-        """The same for the exponents theory gives: 0 for every change; None at init, where 0 and -1/2 are both right (THEORY P61)."""
+        """The same for the exponents theory gives: those of the check's `flow`, or without one 0 for every change and None at init.
+
+        (At init 0 and -1/2 are both right under the derived rules: THEORY P61.)
+        """
         return _each(self.select("activation", "change"), "predicted")
 
     @property
@@ -108,9 +111,13 @@ class CoordinateCheck(Measurement):
     def __str__(self) -> str:
         later = [step for step in self.steps if step]
         failed = {series.name for series in self.failures}
-        rows = [["slope of log2 RMS", "at init", *(f"Δ, step {step}" for step in later)], ["predicted", "0 or -1/2", *("0" for _ in later)]]
+        each = any(series.predicted is not None for series in self.series if series.quantity == "activation")
+        rows = [["slope of log2 RMS" + " (predicted)" * each, "at init", *(f"Δ, step {step}" for step in later)]]
+        rows += [] if each else [["predicted", "0 or -1/2", *("0" for _ in later)]]
         for name, slopes in self.slopes.items():
-            rows.append([name, *(_signed(slopes.get(step)) for step in self.steps), "✗" if name in failed else ""])
+            beside = [f" ({_exponent(self.predicted[name].get(step))})" if each else "" for step in self.steps]
+            cells = [_signed(slopes.get(step)) + text for step, text in zip(self.steps, beside, strict=True)]
+            rows.append([name, *cells, "✗" if name in failed else ""])
         norms = [["slope of log2 ‖·‖₂", "W", *(f"ΔW, step {step}" for step in later), "predicted"]]
         for name, by_step in self.select("weight", "update").items():
             norms.append([name, *(_signed(by_step[step].slope) for step in self.steps), _exponent(by_step[0].predicted)])

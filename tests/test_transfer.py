@@ -7,7 +7,7 @@ import torch
 from models import GPT, MLP, MODELS
 
 import compiler
-from scaling import derive
+from scaling import derive, flow, parametrization
 from scaling.measure import coordinate_check
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -175,3 +175,19 @@ def test_the_matrix_map_gets_exactly_the_weights_whose_both_fans_grow(name, opti
     everything = [weight for group in opt.param_groups for weight in group["param_names"]]
     assert sorted(everything) == sorted(rule.name for rule in table)
     assert not any(isinstance(model.get_submodule(weight.rpartition(".")[0]), torch.nn.Embedding) for weight in mapped)
+
+
+def test_the_exponents_that_flow_predicts_of_the_default_stand_beside_what_is_measured():
+    """THEORY 6.1: under Adam with one learning rate, hidden changes grow like n after one step."""
+    table = derive(MLP, widths=(64, 128))
+
+    def default(d):
+        model = MLP(d)
+        return model, torch.optim.Adam(model.parameters(), lr=0.002)
+
+    predicted = flow(table, "adam", parametrization(table, "standard", "adam"))
+    check = coordinate_check(default, mlp_batches(), (64, 128, 256, 512), seeds=(0, 1), flow=predicted)
+    assert [check.predicted[name][step] for name, step in (("first", 1), ("second", 1), ("head", 1), ("head", 0))] == [0, 1, 1, 0]
+    for name in ("first", "second", "third"):
+        assert check.slopes[name][1] == pytest.approx(check.predicted[name][1], abs=0.2)
+    assert "(1)" in str(check)
