@@ -31,10 +31,10 @@ def fold(names: Iterable[str]) -> list[str]:
     >>> fold(["stage.0.block.0.w", "stage.0.block.1.w", "stage.1.block.0.w"])
     ['stage.0.block.[0-1].w', 'stage.1.block.0.w']
     """
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = defaultdict(list)
     for name in names:
-        groups[template(name)].append(tuple(int(index) for index in INDEX.findall(name)))
-    return [_fill(pattern, box) for pattern, indices in groups.items() for box in _boxes(list(dict.fromkeys(indices)))]
+        groups[tuple(INDEX.split(name))].append(tuple(int(index) for index in INDEX.findall(name)))
+    return [_fill(parts, box) for parts, indices in groups.items() for box in _boxes(list(dict.fromkeys(indices)))]
 
 
 def _boxes(indices: list[tuple[int, ...]]) -> list[tuple[list[int], ...]]:
@@ -50,8 +50,7 @@ def _boxes(indices: list[tuple[int, ...]]) -> list[tuple[list[int], ...]]:
     return [(sorted(firsts), *box) for rest, firsts in together.items() for box in _boxes(list(rest))]
 
 
-def _fill(pattern: str, box: tuple[list[int], ...]) -> str:
-    parts = pattern.split("[]")
+def _fill(parts: tuple[str, ...], box: tuple[list[int], ...]) -> str:
     return parts[0] + "".join(_ranges(numbers) + part for numbers, part in zip(box, parts[1:], strict=True))
 
 

@@ -663,6 +663,10 @@ def rules(draw):
     )
 
 
+def test_names_with_brackets_fold_like_any_other():
+    assert fold(["[]", "h.0.[]", "h.1.[]"]) == ["[]", "h.[0-1].[]"]
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.lists(rules(), max_size=3, unique_by=lambda rule: rule.name), st.lists(st.text(), max_size=2))
 def test_json_gives_the_same_table_back(rules, notes):

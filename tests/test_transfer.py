@@ -40,7 +40,7 @@ def worst(check, step):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_changes_of_an_mlp_do_not_depend_on_width(optimizer):
-    check = coordinate_check(derived(MLP, optimizer, OPTIMIZERS[optimizer]), mlp_batches(), WIDTHS, seeds=(0, 1, 2))
+    check = coordinate_check(derived(MLP, optimizer, OPTIMIZERS[optimizer]), mlp_batches(), WIDTHS, seeds=(0, 1))
     assert check.passed, (worst(check, 1), worst(check, 5))
 
 
@@ -80,7 +80,7 @@ def test_attention_scores_of_a_growing_head_dimension_are_flat_only_with_the_fol
     slopes = {}
     for name, rules in (("folded", table), ("unfolded", naive)):
         check = coordinate_check(
-            lambda d, rules=rules: compiler.compile(build(d), rules, "adam", lr=0.03), gpt_batches(2, 4), (64, 256, 1024), seeds=(0, 1, 2)
+            lambda d, rules=rules: compiler.compile(build(d), rules, "adam", lr=0.03), gpt_batches(2, 4), (64, 256, 1024), seeds=(0, 1)
         )
         slopes[name] = [check.slopes["h.0.attn.scores"][step] for step in (1, 5)]
     assert all(abs(slope) <= 0.15 for slope in slopes["folded"]), slopes
