@@ -373,7 +373,7 @@ class _Linter:
         if abs(power) > TOLERANCE:
             nearest = _nearest(power)
             fix = f"multiply its weight_decay by {_factor(-nearest)}: what its lr is divided by"
-            what = f"fraction of {_a(part)} decayed per step, lr·weight_decay"
+            what = f"fraction of {_a(part)} decayed per step, lr·weight_decay" + (", once its lr is mended" if rate else "")
             yield _finding(part, "weight_decay", what, _power(power), _power(0.0), -nearest, fix)
 
     def _epsilon(self, part: _Part, multiplier: float, folded: sympy.Expr) -> Iterator[Finding]:
