@@ -133,6 +133,8 @@ def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
         for dim in present:
             pieces = [axes.resolve(s.dim) for s in dim[0].segments] if len(dim) == 1 and dim[0].segments else [dim]
             for piece in set(pieces):
+                if axes.widths > 1 and len(set(axes.size(piece))) == 1:
+                    continue  # what several widths show to be fixed is not the width
                 count[piece] += 1
                 leaves = list(axes.leaves(piece))
                 if _facts(axes, piece) & {"looked_up", "kernel", "bank"} or any(forced.get(atom, ("",))[0] == "fixed" for atom in leaves):

@@ -367,6 +367,15 @@ def test_a_second_model_settles_what_grows():
     assert derive(build(64, 32), also=build(128, 64))["1.weight"].role == "hidden"
 
 
+def test_the_width_is_read_off_an_axis_that_grows_even_if_most_matrices_use_a_fixed_one():
+    def build(width):
+        return nn.Sequential(nn.Linear(16, 96), nn.Linear(96, 96), nn.Linear(96, 96), nn.Linear(96, width), nn.Linear(width, 10))
+
+    table = derive(build(32), also=build(64))
+    assert table.size == 32
+    assert (table["3.weight"].dims, table["1.weight"].role, table["4.weight"].role) == ((d, 96), "scalar", "output")
+
+
 def test_three_widths_give_an_affine_law():
     def build(width):
         return nn.Sequential(nn.Linear(16, width + 5), nn.Linear(width + 5, 3 * width), nn.Linear(3 * width, 10))
