@@ -333,11 +333,19 @@ class _Recorder(TorchDispatchMode):
             with self.fake:
                 output = func(*args, **kwargs)
         except Exception:  # a fake kernel stricter than the real one, or none
-            output = self._on_ones(func, args, kwargs)
+            known = self._by_shape(func, args)
+            output = self._on_ones(func, args, kwargs) if known is None else known
         if not isinstance(output, (Tensor, tuple, list)):
             return output
         indices = iter(range(10**6))
         return tree_map_only(Tensor, lambda tensor: self._value(func, args, kwargs, tensor, next(indices)), output)
+
+    def _by_shape(self, func: Any, args: tuple) -> Tensor | None:
+        """Grouped products, whose kernels want bfloat16: (rows, k) × (experts, k, n) -> (rows, n)."""
+        if _name(func) not in {"_grouped_mm", "grouped_mm"} or (args[0].dim(), args[1].dim()) != (2, 3):
+            return None
+        with self.fake:
+            return torch.empty(args[0].shape[0], args[1].shape[2], dtype=args[0].dtype, device="cpu")
 
     def _on_ones(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Runs the real kernel once on ones and takes the shapes; re-raises where that fails too."""

@@ -209,13 +209,15 @@ def _apply_signature(call: Call, axes: Axes) -> bool:
     out = _spread(signature.output, len(call.shape))
     if out is None:
         return False
+    unnamed = [dim for axis in bindings[0].axes for label, dim in axis if label.name == "_"] if bindings else []
+    grid_facts = {fact for dim in unnamed for atom in axes.leaves(dim) for fact in atom.facts if fact == "input"}
     dims = []
     for labels, size in zip(out, call.shape, strict=True):
         if all(label.name in letters for label in labels):
             dim = tuple(atom for label in labels for atom in letters[label.name])
             dims.append(dim if axes.size(dim) == size else axes.fresh(size))
         else:
-            dims.append(axes.fresh(size))
+            dims.append(axes.fresh(size, *grid_facts))
     axes.dims[call.node] = tuple(dims)
     return True
 
@@ -793,7 +795,7 @@ _ROWS: list[dict[str, Operator]] = [
         "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
         "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
         "upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d pad constant_pad_nd reflection_pad1d "
-        "reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d",
+        "grid_sampler reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d",
         linear=False,
     ),
     _moves(picked, "topk sort gather scatter scatter_add scatter_reduce take_along_dim", linear=False),

@@ -58,7 +58,6 @@ def test_one_model_its_config_and_a_factory_agree_on_every_axis_of_every_weight(
     with torch.device("meta"):
         model = build(64)
     by_config = derive(model, args)
-    monkeypatch.setattr("scaling.derive.at_twice_the_width", lambda _: None, raising=False)
     monkeypatch.setitem(sys.modules["scaling.derive"].__dict__, "at_twice_the_width", lambda _: None)
     guessed = derive(model, args)
     for table in (by_config, guessed):
@@ -374,6 +373,16 @@ def test_the_width_is_read_off_an_axis_that_grows_even_if_most_matrices_use_a_fi
     table = derive(build(32), also=build(64))
     assert table.size == 32
     assert (table["3.weight"].dims, table["1.weight"].role, table["4.weight"].role) == ((d, 96), "scalar", "output")
+
+
+def test_the_positions_of_a_full_size_vit_do_not_grow(monkeypatch):
+    """197 = 1 + 14·14 is not far smaller than 768, but it is the image's own grid."""
+    from transformers import ViTConfig, ViTModel
+
+    with torch.device("meta"):
+        model = ViTModel(ViTConfig(num_hidden_layers=1))
+    monkeypatch.setitem(sys.modules["scaling.derive"].__dict__, "at_twice_the_width", lambda _: None)
+    assert derive(model)["embeddings.position_embeddings"].dims == (1, 197, d)
 
 
 def test_three_widths_give_an_affine_law():

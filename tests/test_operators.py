@@ -186,6 +186,7 @@ EXAMPLES = {
     "upsample_bicubic2d": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), (R(2, 3, 4, 4),)),
     "upsample_linear1d": (lambda x: F.interpolate(x, scale_factor=2, mode="linear"), (R(2, 3, 4),)),
     "upsample_trilinear3d": (lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), (R(1, 2, 3, 3, 3),)),
+    "grid_sampler": (lambda x: F.grid_sample(x, torch.zeros(2, 3, 3, 2), align_corners=False), (R(2, 3, 4, 4),)),
     "pad": (lambda x: F.pad(x, (1, 1)), (R(2, 3),)),
     "constant_pad_nd": (lambda x: torch.constant_pad_nd(x, (1, 1)), (R(2, 3),)),
     "reflection_pad1d": (lambda x: torch.ops.aten.reflection_pad1d(x, [1, 1]), (R(2, 3, 4),)),
