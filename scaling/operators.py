@@ -303,17 +303,15 @@ def strides(call: Call) -> int:
 
 
 def attention(call: Call) -> Written:
-    """q·k summed over e, weights·v over the keys; with enable_gqa one key head serves r query heads."""
+    """q·k summed over e, weights·v over the keys; with enable_gqa one key head serves r query heads. A mask is added to the weights."""
     q, k = (_shape(node, call) for node in call.tensors[:2])
+    mask = _shape(call.tensors[3], call) if len(call.tensors) > 3 else ()
     if len(q) >= 3 and q[-3] != k[-3]:
         repeats = tuple(a // b for a, b in zip(q[-3], k[-3], strict=True))
-        return Written("... (h r) l e, ... h s e, ... h s f, +_ -> ... (h r) l f".replace("+_", _mask(call)), {"r": repeats})
-    return Written(f"... l e, ... s e, ... s f, {_mask(call)} -> ... l f")
-
-
-def _mask(call: Call) -> str:
-    mask = call.tensors[3] if len(call.tensors) > 3 else None
-    return "+" + " ".join(["_"] * len(_shape(mask, call)))
+        heads = "(h r)" if len(mask) > 2 and mask[-3] == q[-3] else "_"
+        letters = " ".join(["_"] * max(len(mask) - 3, 0) + [heads, "l", "s"][3 - min(len(mask), 3) :])
+        return Written(f"... (h r) l e, ... h s e, ... h s f, +{letters} -> ... (h r) l f", {"r": repeats})
+    return Written(f"... l e, ... s e, ... s f, +{'... l s' if len(mask) > 1 else ' '.join('_' * len(mask))} -> ... l f")
 
 
 def layer_norm(call: Call) -> Written:

@@ -51,7 +51,7 @@ EXAMPLES = {
     "conv_transpose1d": (F.conv_transpose1d, (R(2, 3, 5), R(3, 4, 3), R(4))),
     "conv_transpose2d": (lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2), (R(2, 4, 5, 5), R(4, 3, 2, 2), R(6))),
     "conv_transpose3d": (F.conv_transpose3d, (R(1, 2, 3, 3, 3), R(2, 3, 2, 2, 2), R(3))),
-    "scaled_dot_product_attention": (F.scaled_dot_product_attention, (R(2, 3, 5, 4), R(2, 3, 7, 4), R(2, 3, 7, 6))),
+    "scaled_dot_product_attention": (F.scaled_dot_product_attention, (R(2, 3, 5, 4), R(2, 3, 7, 4), R(2, 3, 7, 6), R(3, 5, 7))),
     "_grouped_mm": (lambda x, w: torch.ops.aten._grouped_mm(x, w, torch.tensor([2, 6], dtype=torch.int32)), (R(6, 8), R(2, 8, 4))),
     "lstm": (lambda x, h, c, *w: torch._VF.lstm(x, (h, c), w, True, 1, 0.0, False, False, True)[0], (R(2, 3, 4), *recurrent(4))),
     "gru": (lambda x, h, _, *w: torch._VF.gru(x, h, w, True, 1, 0.0, False, False, True)[0], (R(2, 3, 4), *recurrent(3))),

@@ -297,7 +297,10 @@ def test_mixtral_mamba_and_t5_from_their_configs_have_every_expert_state_and_tab
     assert [b.role for b in mamba[f"{mixer}.x_proj.weight"].blocks] == ["hidden", "output", "output"]
     assert [mamba[f"{mixer}.{name}"].role for name in ("A_log", "D", "conv1d.weight", "dt_proj.bias")] == ["vector"] * 4
     t5 = derive(tiny("T5Config", "T5ForConditionalGeneration", d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4))
-    assert t5["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].exponent("sgd") == 1
+    bias = t5["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    assert (bias.exponent("sgd"), bias.dims) == (1, (32, d / 16))
+    heads = next(c for c in t5.classes if (bias.name, 1) in c.where)
+    assert ("encoder.block.0.layer.0.SelfAttention.q.weight", 0) in heads.where
     for table in (mixtral, mamba, t5):
         assert table.coverage.unreached == table.coverage.operators_without_rule == ()
         assert all(c.known for c in table.classes)
