@@ -139,8 +139,8 @@ def test_an_inner_product_is_bounded_by_spectral_and_nuclear_norm_and_msign_atta
 
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (256, 64), (64, 1024), (1024, 1024)])
 def test_the_spectral_norm_of_a_gaussian_matrix_is_the_sum_of_roots(m, n):
-    """σ(√m + √n) within 5 % (THEORY 6.3)."""
-    assert float(torch.linalg.matrix_norm(torch.randn(m, n), 2)) == pytest.approx(math.sqrt(m) + math.sqrt(n), rel=0.06)
+    """σ(√m + √n) within 5 % (THEORY 6.3), the mean of 8 draws."""
+    assert float(torch.linalg.matrix_norm(torch.randn(8, m, n), 2).mean()) == pytest.approx(math.sqrt(m) + math.sqrt(n), rel=0.05)
 
 
 def test_schedulers_keep_the_ratio_of_effective_learning_rates():
