@@ -93,8 +93,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Rec
         CaptureFailed: if the model's forward raises; with the line of the user's file.
     """
     model = unwrap(model)
-    state = _State()
-    with _as_it_was(model), _Swapped(model, state) as swapped:
+    with _as_it_was(model), _Swapped(model) as swapped:
         state = _first_that_runs(model, swapped, args, kwargs)
         used = {name for node in state.graph.nodes if node.users for name in node.meta.get("names", ())}
         if state.made_up and any(weight.requires_grad and name not in used for name, weight in model.named_parameters()):
@@ -184,7 +183,7 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
 class _Swapped:
     """Context: every float parameter and buffer of the model is a fake CPU tensor, every other buffer a copy; undone on exit."""
 
-    def __init__(self, model: nn.Module, state: _State) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.replacements: dict[int, Tensor] = {}
@@ -317,13 +316,7 @@ class _Recorder(TorchDispatchMode):
                 output = func(*args, **kwargs)
             if isinstance(output, Tensor) and _is_float(output):
                 return output
-        output = func(*args, **kwargs)
-        origin = next(
-            (self.state.nodes[id(t)] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.state.nodes), None
-        )
-        if origin is not None and origin.op == "placeholder" and isinstance(output, Tensor) and not _is_float(output):
-            self.state.keep.append(output)
-        return output
+        return func(*args, **kwargs)
 
     def _execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if _name(func) in PYTHON_VALUES:
@@ -337,8 +330,7 @@ class _Recorder(TorchDispatchMode):
             output = self._on_ones(func, args, kwargs) if known is None else known
         if not isinstance(output, (Tensor, tuple, list)):
             return output
-        indices = iter(range(10**6))
-        return tree_map_only(Tensor, lambda tensor: self._value(func, args, kwargs, tensor, next(indices)), output)
+        return tree_map_only(Tensor, lambda tensor: self._value(func, args, kwargs, tensor), output)
 
     def _by_shape(self, func: Any, args: tuple) -> Tensor | None:
         """Grouped products, whose kernels want bfloat16: (rows, k) × (experts, k, n) -> (rows, n)."""
@@ -357,7 +349,7 @@ class _Recorder(TorchDispatchMode):
         output = func(*real[0], **real[1])
         return tree_map_only(Tensor, lambda t: self.swapped.faked(t) if _is_float(t) else t, output)
 
-    def _value(self, func: Any, args: tuple, kwargs: dict, tensor: Tensor, index: int) -> Tensor:
+    def _value(self, func: Any, args: tuple, kwargs: dict, tensor: Tensor) -> Tensor:
         """The tensor itself, or a made-up real one where an int or bool follows from floats."""
         if _is_float(tensor) or not isinstance(tensor, FakeTensor):
             return tensor

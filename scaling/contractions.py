@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from scaling.graph import Call, LayerGraph, Size
+from scaling.graph import Call, LayerGraph, Size, operator_name
 from scaling.growth import Growth
 from scaling.operators import SPLITS
 from scaling.records import Contraction
@@ -93,7 +93,7 @@ def _taken(call: Call) -> Selection | None:
         source, index = call.node.args[0], call.node.args[1]
         assert isinstance(source, fx.Node)
         assert isinstance(index, int)
-        name = getattr(getattr(source.target, "overloadpacket", None), "_qualified_op_name", "").replace("::", ".")
+        name = operator_name(source)
         if name == "aten.unbind":
             return Selection(index=index)
         if name in SPLITS:

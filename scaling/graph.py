@@ -14,7 +14,7 @@ from scaling.capture import Recording
 from scaling.errors import GraphsDiffer
 from scaling.records import Source
 
-__all__ = ["Call", "LayerGraph", "Size", "align"]
+__all__ = ["Call", "LayerGraph", "Size", "align", "operator_name"]
 
 Size = tuple[int, ...]
 """The length of one axis, at each width the model was recorded at."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import ConfigDict
 
 from scaling.records import Record
-from scaling.training import Environment
+from scaling.training import Environment, Saved
 
 __all__ = ["Assumptions", "CoordinateCheck", "Measurement", "Quantity", "Series"]
 
@@ -33,7 +33,7 @@ class Series(Record):
     predicted: float | None
 
 
-class Measurement(Record):
+class Measurement(Saved):
     """Series over widths, and what they were measured on. `skipped` names tensors that cannot be compared over widths or steps."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -52,19 +52,6 @@ class Measurement(Record):
             if series.quantity in quantities:
                 selected[series.name][series.step] = series
         return dict(selected)
-
-    def to_json(self) -> str:
-        """All of it as JSON; `from_json` is the inverse."""
-        return self.model_dump_json(indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The measurement that `to_json` wrote.
-
-        Raises:
-            pydantic.ValidationError: if the text is not one.
-        """
-        return cls.model_validate_json(text)
 
     @property
     def conditions(self) -> str:

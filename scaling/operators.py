@@ -25,7 +25,7 @@ from torch import fx
 
 from scaling.axes import Axes, Dim, product
 from scaling.errors import ScalingError
-from scaling.graph import Call, Size
+from scaling.graph import Call, Size, operator_name
 
 __all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "known", "register", "rule_of"]
 
@@ -566,7 +566,7 @@ def getitem(call: Call, axes: Axes) -> None:
     assert isinstance(source, fx.Node)
     index = call.node.args[1]
     dims = axes.dims.get(source, ())
-    name = _name(source)
+    name = operator_name(source)
     assert isinstance(index, int)
     if name in SPLITS and dims:
         which = (_argument(source, "dim", 1) or 0) % len(dims)
@@ -587,12 +587,6 @@ def getitem(call: Call, axes: Axes) -> None:
         axes.dims[call.node] = dims
     else:
         fresh(call, axes)
-
-
-def _name(node: fx.Node) -> str:
-    from scaling.graph import operator_name
-
-    return operator_name(node)
 
 
 def _argument(node: fx.Node, name: str, position: int) -> Any:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ConfigDict
 from torch import nn
 
 from scaling.errors import CannotMeasure
 from scaling.records import Record
-from scaling.training import Environment, Loss, built, cross_entropy, seeded, update
+from scaling.training import Environment, Loss, Saved, built, cross_entropy, seeded, update
 
 __all__ = ["LearningRateSweep", "Run", "learning_rate_sweep"]
 
@@ -36,7 +36,7 @@ class Run(Record):
     seconds: float
 
 
-class LearningRateSweep(Record):
+class LearningRateSweep(Saved):
     """Training runs over widths × learning rates × seeds, all of `steps` steps on the same batches."""
 
     steps: int
@@ -87,19 +87,6 @@ class LearningRateSweep(Record):
     def at_edge(self) -> tuple[int, ...]:
         """The widths whose optimum is the grid's first or last learning rate: there the true one may lie outside."""
         return tuple(width for width, lr in self.optima.items() if lr in (self.learning_rates[0], self.learning_rates[-1]))
-
-    def to_json(self) -> str:
-        """All of it as JSON; `from_json` is the inverse."""
-        return self.model_dump_json(indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The sweep that `to_json` wrote.
-
-        Raises:
-            pydantic.ValidationError: if the text is not one.
-        """
-        return cls.model_validate_json(text)
 
     def __str__(self) -> str:
         head = f"{'width':>8}  {'best lr':>10}  {'fitted':>10}  {'loss':>7}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scaling.errors import CannotMeasure
 from scaling.records import Record
 
-__all__ = ["Environment", "Loss", "Optimizer", "backward", "built", "cross_entropy", "seeded", "update"]
+__all__ = ["Environment", "Loss", "Optimizer", "Saved", "backward", "built", "cross_entropy", "seeded", "update"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -29,6 +29,23 @@ class Optimizer(Protocol):
 
     def step(self) -> Any:
         """Updates the weights."""
+
+
+class Saved(Record):
+    """What was measured: it can be written as JSON and read again."""
+
+    def to_json(self) -> str:
+        """All of it as JSON; `from_json` is the inverse."""
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            pydantic.ValidationError: if the text is not one.
+        """
+        return cls.model_validate_json(text)
 
 
 class Environment(Record):
