@@ -274,7 +274,12 @@ class _Recorder(TorchDispatchMode):
             return self.state.nodes[id(tensor)]
         storage = self._storage(tensor)
         if not isinstance(tensor, FakeTensor) and storage in self.state.storages:
-            return self.state.storages[storage]
+            written = self.state.storages[storage]
+            if written.meta["val"].shape == tensor.shape:
+                return written
+            seen = self.state.graph.call_function(aten.as_strided.default, (written, list(tensor.shape), list(tensor.stride())))
+            self._bind(tensor, self._described(seen, tensor))  # another view of what was written in place
+            return seen
         names, is_weight, trainable = self.swapped.attributes.get(id(tensor), ((), False, False))
         node = self._attribute(names[0] if names else f"constant_{len(self.state.graph.nodes)}", tensor)
         node.meta.update(names=names if is_weight else (), trainable=trainable, constant=not names)

@@ -101,7 +101,8 @@ def operator_name(node: fx.Node) -> str:
 
 
 COMBINE = {
-    f"aten.{name}" for name in ("add", "sub", "mul", "div", "_weight_norm", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "einsum")
+    *(f"aten.{name}" for name in ("add", "sub", "mul", "div", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "einsum")),
+    *(f"aten.{name}" for name in ("_weight_norm", "linalg_solve", "linalg_solve_triangular")),
 }
 """Operators that make one weight out of several: weight and spectral norm, merged adapters."""
 
@@ -143,6 +144,17 @@ class LayerGraph:
         return frozenset(node for node, kind in self._kinds.items() if kind == "weight")
 
     @cached_property
+    def live(self) -> frozenset[fx.Node]:
+        """Nodes that an output follows from; all of them where no output is a float tensor."""
+        found, todo = set(self.outputs), list(self.outputs)
+        while todo:
+            for node in todo.pop().all_input_nodes:
+                if node not in found:
+                    found.add(node)
+                    todo.append(node)
+        return frozenset(found or self.calls)
+
+    @cached_property
     def _kinds(self) -> dict[fx.Node, str]:
         kinds: dict[fx.Node, str] = {}
         for node, call in self.calls.items():
@@ -155,13 +167,22 @@ class LayerGraph:
                 weights = inputs.count("weight")
                 if (
                     "data" in inputs
-                    or (weights > 1 and call.name not in COMBINE)
+                    or (weights > 1 and call.name not in COMBINE and not _becomes_a_kernel(node))
                     or (call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights)
                 ):
                     kinds[node] = "data"
                 else:
                     kinds[node] = "weight" if weights else "constant"
         return kinds
+
+
+def _becomes_a_kernel(node: fx.Node) -> bool:
+    """Whether a convolution takes this value as its weight: then it is one, whatever made it (weight standardisation)."""
+    while node.op == "call_function" and len(node.users) == 1:
+        source, node = node, next(iter(node.users))
+        if node.op == "call_function" and operator_name(node).startswith("aten.conv"):
+            return len(node.all_input_nodes) > 1 and node.args[1] is source
+    return False
 
 
 def _count(node: fx.Node) -> int:

@@ -327,6 +327,11 @@ def channels(call: Call) -> Written:
     return Written(f"b c {rest}, c, +c, +c, +c -> b c {rest}")
 
 
+def bag(call: Call) -> Written:
+    """Rows looked up and summed or averaged per bag; ids in a row or with offsets, a weight for each."""
+    return Written(f"v! o{''.join(', ' + ' '.join('_' * len(_shape(node, call))) for node in call.tensors[1:] if node is not None)} -> b o")
+
+
 def weight_norm(call: Call) -> Written:
     """g·v/‖v‖: one g for every index of one axis of v, or for all of it."""
     rank = len(call.shape)
@@ -379,6 +384,11 @@ def cell(call: Call) -> Written:
     states = sum(len(_shape(node, call)) == 2 for node in call.tensors[1:]) - 2
     operands = ["b i", *["+b h"] * states, "(q~ h) i", "(q~ h) r", "+(q~ h)", "+(q~ h)"]
     return Written(f"{', '.join(operands)} -> b h", {"q": (gates,) * len(call.nodes)}, (("r", ("h",)),))
+
+
+def solve(call: Call) -> Written:
+    """X of A·X = B, or of X·A = B."""
+    return Written("... n m, ... n k -> ... m k" if call.get("left", True) else "... m n, ... k n -> ... k m")
 
 
 def bilinear(call: Call) -> Written:
@@ -630,6 +640,13 @@ def grid(call: Call, axes: Axes) -> None:
     )
 
 
+def resample(call: Call, axes: Axes) -> None:
+    """Interpolation of a grid (b, c, …): its axes are the input's, whatever it holds (a position table too)."""
+    for dim in _input(call, axes)[2:]:
+        axes.mark(dim, "input")
+    grid(call, axes)
+
+
 def index(call: Call, axes: Axes) -> None:
     """x[ids]: indexed axes are looked up, the others pass."""
     dims = _input(call, axes)
@@ -737,6 +754,8 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(addmm, "addmm"),
     _signed("+b m n, b m k, b k n -> b m n", "baddbmm"),
     _signed(einsum, "einsum"),
+    _signed("m k, k n -> m n", "_sparse_mm"),
+    _signed(solve, "linalg_solve linalg_solve_triangular"),
     _signed("i, j -> i j", "outer ger"),
     _signed(bilinear, "bilinear"),
     _signed(grouped_mm, "_grouped_mm grouped_mm"),
@@ -747,6 +766,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(attention, "scaled_dot_product_attention"),
     # lookups
     _signed("v! o, ... -> ... o", "embedding"),
+    _signed(bag, "embedding_bag"),
     _signed(weight_norm, "_weight_norm"),
     # gains and biases
     _signed(layer_norm, "layer_norm rms_norm"),
@@ -759,7 +779,7 @@ _ROWS: list[dict[str, Operator]] = [
     # values that only move
     _moves(view, "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as ravel"),
     _moves(permute, "permute"),
-    _moves(transpose, "transpose t mT numpy_T swapaxes swapdims adjoint matrix_H"),
+    _moves(transpose, "transpose t mT mH numpy_T swapaxes swapdims adjoint matrix_H"),
     _moves(movedim, "movedim moveaxis"),
     _moves(unsqueeze, "unsqueeze"),
     _moves(squeeze, "squeeze"),
@@ -776,7 +796,9 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(pixel_shuffle, "pixel_shuffle"),
     _moves(index, "index"),
     _moves(index_select, "index_select"),
-    _moves(fresh, "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"),
+    _moves(
+        fresh, "as_strided zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"
+    ),
     _moves(write, "copy index_put slice_scatter select_scatter index_copy masked_scatter index_add"),
     _moves(reduce, "sum mean", linear=True),
     _moves(
@@ -785,11 +807,17 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(
         grid,
         "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-        "upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d pad constant_pad_nd reflection_pad1d "
-        "grid_sampler reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d",
+        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d pad constant_pad_nd reflection_pad1d reflection_pad2d "
+        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d grid_sampler _adaptive_avg_pool2d",
         linear=False,
     ),
+    _moves(
+        resample,
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d "
+        "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+        linear=False,
+    ),
+    _moves(grid, "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn"),
     _moves(picked, "topk sort gather scatter scatter_add scatter_reduce take_along_dim", linear=False),
     _moves(glu, "glu", linear=False),
 ]

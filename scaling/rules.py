@@ -171,7 +171,8 @@ def _map(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], growth
     flat = [factor for axis in axes for factor in axis]
     fans = {part: sympy.Mul(*(factor.extent for factor in flat if factor.part == part)) for part in ("in", "out", "copy")}
     operator = rule_of(use.call)
-    thinned = operator.thinned(use.call) if operator is not None and operator.thinned is not None else 1
+    summed = any(factor.part == "in" for factor in flat)  # a bias sums nothing
+    thinned = operator.thinned(use.call) if operator is not None and operator.thinned is not None and summed else 1
     looked_up = any(factor.part == "lookup" and factor.size != 1 for factor in flat)
     return Block(axes=tuple(axes), fan_in=fans["in"] / thinned, fan_out=fans["out"], copies=fans["copy"], lookup=looked_up)
 

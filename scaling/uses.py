@@ -94,7 +94,13 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
             dots += _dots(graph, call, bound)
     for dot in dots:
         axes.mark(dot.dim, "dot")
-    return uses, dots
+    return _with_a_gradient(graph, uses), [dot for dot in dots if dot.call.node in graph.live]
+
+
+def _with_a_gradient(graph: LayerGraph, uses: list[WeightUse]) -> list[WeightUse]:
+    """Less the uses of a weight that only ids are made of (the distances to a codebook), if it has others."""
+    learned = {use.weight for use in uses if use.call.node in graph.live}
+    return [use for use in uses if use.call.node in graph.live or use.weight not in learned]
 
 
 def _main(graph: LayerGraph, node: fx.Node) -> str:
@@ -170,9 +176,24 @@ def _use(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...]) 
         (start, stop), inner = _used_range(alone, dim, parts)
         ranges.append((start, stop))
         spans.append(tuple((atom, parts.get(id(atom))) for atom in inner))
+    if not any(part for span in spans for _, part in span):
+        spans = _of_the_same_dimension(graph, axes, call, chain, spans)
     inner_part = "out" if any(part == "in" for span in spans for _, part in span) else "in"
     spans = [tuple(Span(atom.size, part or _dropped(atom, inner_part)) for atom, part in span) for span in spans]
     return WeightUse(weight=weight, call=call, operand=operand, ranges=tuple(ranges), spans=tuple(spans))
+
+
+def _of_the_same_dimension(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...], spans: list) -> list:
+    """The parts of axes that are all lost on the way (an inverse): those of the operand's axes of equal dimension."""
+    left = [(axes.resolve(dim), part) for dim, part in _labelled(graph, call, chain[-1], axes, bind(call, axes))]
+    out = []
+    for dim, span in zip(axes.dims[chain[0]], spans, strict=True):
+        found = next((pair for pair in left if pair[0] == axes.resolve(dim)), None)
+        if found is not None:
+            left.remove(found)
+            span = tuple((atom, found[1]) for atom, _ in span)
+        out.append(span)
+    return out
 
 
 def _dropped(atom: Atom, inner: str) -> str:

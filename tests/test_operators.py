@@ -30,6 +30,8 @@ def recurrent(gates, hidden=3, inputs=4):
     return R(1, 2, hidden), R(1, 2, hidden), R(gates * hidden, inputs), R(gates * hidden, hidden), R(gates * hidden), R(gates * hidden)
 
 
+FOURIER = ("fft", "ifft", "rfft", "irfft", "hfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn")
+
 EXAMPLES = {
     "linear": (lambda x, w, b: F.linear(x, w, b), (R(2, 3), R(4, 3), R(4))),
     "matmul": (torch.matmul, (R(2, 5, 3), R(2, 3, 4))),
@@ -62,6 +64,13 @@ EXAMPLES = {
     "rnn_tanh_cell": (lambda x, h, _, *w: torch._VF.rnn_tanh_cell(x, h[0], *w), (R(2, 4), *recurrent(1))),
     "rnn_relu_cell": (lambda x, h, _, *w: torch._VF.rnn_relu_cell(x, h[0], *w), (R(2, 4), *recurrent(1))),
     "embedding": (lambda w: F.embedding(torch.tensor([[0, 3], [1, 1]]), w), (R(5, 3),)),
+    "embedding_bag": (lambda w: torch.embedding_bag(w, torch.tensor([0, 3, 1, 1]), torch.tensor([0, 2]), mode=0)[0], (R(5, 3),)),
+    "_sparse_mm": (lambda x: torch.sparse.mm(torch.eye(4).to_sparse(), x), (R(4, 3),)),
+    "linalg_solve": (lambda a, b: torch.linalg.solve(a + 5 * torch.eye(3), b), (R(3, 3), R(3, 4))),
+    "linalg_solve_triangular": (
+        lambda a, b: torch.linalg.solve_triangular(a.tril() + 5 * torch.eye(3), b, upper=False, left=False),
+        (R(3, 3), R(4, 3)),
+    ),
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (3,), w, b), (R(2, 3), R(3), R(3))),
     "rms_norm": (lambda x, w: F.rms_norm(x, (3,), w), (R(2, 3), R(3))),
     "batch_norm": (lambda x, w, b, m, v: F.batch_norm(x, m, v * v, w, b), (R(2, 3, 4), R(3), R(3), R(3), R(3))),
@@ -103,6 +112,7 @@ EXAMPLES = {
     "transpose": (lambda x: x.transpose(0, 2), (R(2, 3, 4),)),
     "t": (torch.t, (R(2, 3),)),
     "mT": (lambda x: x.mT, (R(2, 3, 4),)),
+    "mH": (lambda x: x.mH, (R(2, 3, 4),)),
     "numpy_T": (lambda x: torch.ops.aten.numpy_T(x), (R(2, 3),)),
     "swapaxes": (lambda x: x.swapaxes(0, 1), (R(2, 3),)),
     "swapdims": (lambda x: x.swapdims(0, 1), (R(2, 3),)),
@@ -193,6 +203,13 @@ EXAMPLES = {
     "reflection_pad2d": (lambda x: torch.ops.aten.reflection_pad2d(x, [1, 1, 1, 1]), (R(2, 3, 4, 4),)),
     "replication_pad1d": (lambda x: torch.ops.aten.replication_pad1d(x, [1, 1]), (R(2, 3, 4),)),
     "replication_pad2d": (lambda x: torch.ops.aten.replication_pad2d(x, [1, 1, 1, 1]), (R(2, 3, 4, 4),)),
+    "reflection_pad3d": (lambda x: torch.ops.aten.reflection_pad3d(x, [1] * 6), (R(1, 2, 3, 3, 3),)),
+    "replication_pad3d": (lambda x: torch.ops.aten.replication_pad3d(x, [1] * 6), (R(1, 2, 3, 3, 3),)),
+    "_upsample_nearest_exact1d": (lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"), (R(2, 3, 4),)),
+    "_upsample_nearest_exact2d": (lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"), (R(2, 3, 4, 4),)),
+    "_upsample_bilinear2d_aa": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True), (R(2, 3, 4, 4),)),
+    "_upsample_bicubic2d_aa": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True), (R(2, 3, 4, 4),)),
+    **{f"fft_{name}": (getattr(torch.fft, name), (R(2, 3, 4),)) for name in FOURIER},
     "topk": (lambda x: x.topk(2, 1).values, (R(2, 5),)),
     "sort": (lambda x: x.sort(1).values, (R(2, 5),)),
     "gather": (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1]])), (R(2, 5),)),
@@ -210,6 +227,7 @@ NO_VALUES = {
         + ["aten.bernoulli"],
         "makes a new value",
     ),
+    "aten.as_strided": "windows that overlap: no axis is known to be the same",
     "getitem": "every operator with several outputs is an example of it",
     "aten.to": "hands its input on: no node",
     "aten.clone": "hands its input on: no node",
@@ -277,6 +295,7 @@ def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(nam
 
 
 PERMUTED = {
+    *(f"fft_{name}" for name in FOURIER),
     "_softmax",
     "_weight_norm",
     "cumprod",
@@ -290,6 +309,8 @@ PERMUTED = {
     "index_put",
     "instance_norm",
     "layer_norm",
+    "linalg_solve",
+    "linalg_solve_triangular",
     "log_softmax",
     "lstm",
     "lstm_cell",

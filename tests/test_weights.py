@@ -114,6 +114,28 @@ def test_an_adapter_reads_the_width_in_a_and_emits_it_in_b_merged_or_not(layer, 
     assert (B.fan_in, B.fan_out, B.role, B.exponent("adam"), B.exponent("sgd")) == (4, d, "input", 0, 1)
 
 
+class Standardised(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.stem, self.conv, self.gain, self.head = (
+            nn.Conv2d(3, d, 7),
+            nn.Conv2d(d, d, 3),
+            nn.Parameter(torch.ones(d, 1, 1, 1)),
+            nn.Linear(d, 5),
+        )
+
+    def forward(self, x):
+        W = self.conv.weight
+        flat = F.batch_norm(W.reshape(1, len(W), -1), None, None, weight=self.gain.view(-1), training=True, momentum=0.0)
+        return self.head(F.conv2d(self.stem(x), flat.reshape_as(W)).mean((2, 3)))
+
+
+def test_the_taps_of_a_standardised_kernel_are_taps():
+    rule = derive(Standardised(32), torch.zeros(2, 3, 16, 16))["conv.weight"]
+    assert rule.role == "hidden"
+    assert rule.fan_in == 9 * rule.fan_out
+
+
 def test_a_fixed_number_of_groups_keeps_a_convolution_hidden():
     """Row 24, P12."""
 
