@@ -11,9 +11,10 @@ import copy
 import linecache
 import logging
 import operator
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -87,7 +88,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Rec
     """Records one run of `model(*args, **kwargs)`.
 
     The model is as it was afterwards: weights, buffers, training flags, RNG. Trainable weights that the run does not use are looked for
-    again with every made-up comparison False, and the two runs are one graph.
+    again with every made-up comparison False, then in training mode, and the runs are one graph.
 
     Raises:
         CaptureFailed: if the model's forward raises; with the line of the user's file.
@@ -95,13 +96,34 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Rec
     model = unwrap(model)
     with _as_it_was(model), _Swapped(model) as swapped:
         state = _first_that_runs(model, swapped, args, kwargs)
-        used = {name for node in state.graph.nodes if node.users for name in node.meta.get("names", ())}
-        if state.made_up and any(weight.requires_grad and name not in used for name, weight in model.named_parameters()):
-            with suppress(Exception), torch.inference_mode():  # optional: what it raises means there is nothing to add
-                _run(model, swapped, state, args, kwargs, truth=False)
+        if state.made_up and _unused(model, state):
+            _once_more(model, swapped, state, args, kwargs, truth=False)
+        if _unused(model, state):  # heads that only run in training
+            for module in model.modules():
+                module.training = True
+            _once_more(model, swapped, state, args, kwargs, truth=True)
     state.graph.lint()
     names = tuple(name for name, _ in model.named_parameters())
     return Recording(graph=state.graph, made_up=state.made_up, model=type(model).__name__, names=names)
+
+
+def _unused(model: nn.Module, state: _State) -> bool:
+    used = {name for node in state.graph.nodes if node.users for name in node.meta.get("names", ())}
+    return any(weight.requires_grad and name not in used for name, weight in model.named_parameters())
+
+
+def _once_more(model: nn.Module, swapped: _Swapped, state: _State, args: Sequence[Any], kwargs: dict[str, Any], *, truth: bool) -> None:
+    """A second run into the same graph, for weights that the first did not reach; one that raises has nothing to add."""
+    before, made_up, stored = set(state.graph.nodes), state.made_up, dict(state.storages)
+    try:
+        with torch.inference_mode():
+            _run(model, swapped, state, args, kwargs, truth=truth)
+    except Exception:  # whatever the user's forward raises
+        for node in reversed(state.graph.nodes):
+            if node not in before:
+                state.graph.erase_node(node)
+        state.nodes = {key: node for key, node in state.nodes.items() if node in before}
+        state.made_up, state.storages = made_up, stored
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -471,7 +493,10 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(noisy.setLevel, noisy.level)
         noisy.setLevel(logging.CRITICAL)
+        stack.callback(random.setstate, random.getstate())
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        random.seed(0)  # layers that are dropped at random are the same ones at every width
+        torch.manual_seed(0)
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)

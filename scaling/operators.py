@@ -640,6 +640,29 @@ def grid(call: Call, axes: Axes) -> None:
     )
 
 
+def columns(call: Call, axes: Axes) -> None:
+    """im2col, (b, c, …) -> (b, c·taps, positions), and back."""
+    dims = _input(call, axes)
+    taps = tuple(math.prod(size) for size in call.over_widths("kernel_size"))
+    if call.name == "aten.im2col" and len(dims) == 4:
+        axes.dims[call.node] = (dims[0], dims[1] + axes.fresh(taps, "kernel"), axes.fresh(call.shape[-1], "input"))
+        return
+    parts = axes.regroup([dims[1]], [call.shape[-3], taps]) if len(dims) == 3 else None
+    if parts is None:
+        fresh(call, axes)
+    else:
+        axes.dims[call.node] = (dims[0], parts[0], *(axes.fresh(size, "input") for size in call.shape[-2:]))
+
+
+def windows(call: Call, axes: Axes) -> None:
+    """x.unfold(axis, size, step): positions in place of the axis, the window's entries last."""
+    dims = list(_input(call, axes))
+    which = call.get("dimension") % len(dims)
+    facts = [fact for atom in axes.leaves(dims[which]) for fact in atom.facts if fact == "input"]
+    dims[which] = axes.fresh(call.shape[which], *facts)
+    axes.dims[call.node] = (*dims, axes.fresh(call.shape[-1], "kernel"))
+
+
 def resample(call: Call, axes: Axes) -> None:
     """Interpolation of a grid (b, c, …): its axes are the input's, whatever it holds (a position table too)."""
     for dim in _input(call, axes)[2:]:
@@ -740,11 +763,15 @@ SPLITS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_spli
 
 
 def _moves(rule: Moves, names: str, *, linear: bool = True) -> dict[str, Operator]:
-    return {f"aten.{name}" if name != "getitem" else name: Operator(moves=rule, linear=linear) for name in names.split()}
+    return {_full(name): Operator(moves=rule, linear=linear) for name in names.split()}
 
 
 def _signed(signature: Signed, names: str, *, linear: bool = False, thinned: Callable[[Call], int] | None = None) -> dict[str, Operator]:
-    return {f"aten.{name}": Operator(signature=signature, linear=linear, thinned=thinned) for name in names.split()}
+    return {_full(name): Operator(signature=signature, linear=linear, thinned=thinned) for name in names.split()}
+
+
+def _full(name: str) -> str:
+    return name if "." in name or name == "getitem" else f"aten.{name}"
 
 
 _ROWS: list[dict[str, Operator]] = [
@@ -773,9 +800,11 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(channels, "batch_norm instance_norm"),
     _signed(channels, "group_norm"),
     _signed(prelu, "prelu"),
+    # regions of a map
+    _signed("_ c _ _, _ _ -> r c h w", "torchvision.roi_align torchvision.roi_pool"),
     # elementwise, beside everything that torch tags as pointwise
     _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
-    _signed(elementwise, "softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish"),
+    _signed(elementwise, "softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish hardswish"),
     # values that only move
     _moves(view, "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as ravel"),
     _moves(permute, "permute"),
@@ -794,6 +823,8 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(getitem, "getitem"),
     _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
     _moves(pixel_shuffle, "pixel_shuffle"),
+    _moves(columns, "im2col col2im"),
+    _moves(windows, "unfold"),
     _moves(index, "index"),
     _moves(index_select, "index_select"),
     _moves(
@@ -844,7 +875,13 @@ def rule_of(call: Call) -> Operator | None:
     """The rule of a call: its row of OPERATORS, or elementwise for what torch tags as pointwise."""
     if call.name in OPERATORS:
         return OPERATORS[call.name]
-    return _POINTWISE if torch.Tag.pointwise in getattr(call.node.target, "tags", ()) else None
+    return _POINTWISE if _is_pointwise(call) else None
+
+
+def _is_pointwise(call: Call) -> bool:
+    """By torch's tag on the operator, or on the one of which it is the in-place form."""
+    functional = getattr(getattr(torch.ops.aten, call.name.removeprefix("aten."), None), "default", None)
+    return any(torch.Tag.pointwise in getattr(target, "tags", ()) for target in (call.node.target, functional))
 
 
 def known(call: Call) -> bool:

@@ -80,6 +80,32 @@ def test_every_weight_is_reached_whatever_python_the_forward_is(name):
     assert [table[f"{layer}.weight"].role for layer in ("inp", "mid", "out")] == ["input", "hidden", "output"]
 
 
+class Auxiliary(nn.Module):
+    """A second classifier that only runs in training, and layers dropped at random."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.first, self.layers, self.head, self.auxiliary = (
+            nn.Linear(7, d),
+            nn.ModuleList(nn.Linear(d, d) for _ in range(9)),
+            nn.Linear(d, 5),
+            nn.Linear(d, 5),
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < 0.5):
+                x = layer(x)
+        return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+
+def test_a_head_that_only_runs_in_training_is_reached_and_the_widths_drop_the_same_layers():
+    table = derive(lambda d: Auxiliary(d).eval(), torch.zeros(3, 7), widths=(16, 32))
+    assert not table.coverage.unreached
+    assert table["auxiliary.weight"].role == "output"
+
+
 def test_made_up_integers_are_counted():
     forward, args = FORWARDS["top-k routing"]
     assert derive(Wrapped(forward), args).coverage.made_up > 0
