@@ -11,6 +11,7 @@ import copy
 import linecache
 import logging
 import operator
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +56,7 @@ PYTHON_VALUES = {"item": float, "_local_scalar_dense": float, "is_nonzero": bool
 REAL_LIMIT = 2**22
 """Elements up to which a float tensor that a factory makes is kept real (`linspace(...).tolist()` works on it)."""
 
-_TORCH = str(Path(str(torch.__file__)).parent)
+_TORCH = f"{Path(str(torch.__file__)).parent}{os.sep}"  # and not torchvision
 _HERE = str(Path(__file__).parent)
 
 
