@@ -21,7 +21,7 @@ from scaling.operators import SPLITS
 from scaling.records import Contraction
 from scaling.uses import Dot, is_linear
 
-__all__ = ["Fold", "Selection", "folded"]
+__all__ = ["Fold", "Selection", "as_number", "folded", "taken"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """A weight (or the selected part of it) whose output is meant to be `target` times its usual size."""
+    """A weight (or the selected part of it) whose output is meant to be `target` times its usual size.
+
+    `quantity`: the field of a block that says so: "target" for a product's factor, "branch" for the multiplier of a residual branch.
+    """
 
     weight: Call
     selection: Selection | None
     target: sympy.Expr
-    contraction: Contraction
+    quantity: str = "target"
 
 
 def folded(graph: LayerGraph, growth: Growth, dots: list[Dot]) -> tuple[list[Contraction], list[Fold]]:
@@ -61,7 +64,7 @@ def folded(graph: LayerGraph, growth: Growth, dots: list[Dot]) -> tuple[list[Con
             folded=tuple(dict.fromkeys(weight.names[0] for weight, _ in found or [])),
         )
         contractions.append(contraction)
-        folds += [Fold(weight, selection, rest, contraction) for weight, selection in found or []]
+        folds += [Fold(weight, selection, rest) for weight, selection in found or []]
     return contractions, folds
 
 
@@ -77,17 +80,17 @@ def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> 
         return own
     if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):
         return None
-    taken = _taken(call)
+    part = taken(call)
     out = own
     for source in data:
-        found = _upstream(graph, source, taken or selection)
+        found = _upstream(graph, source, part or selection)
         if found is None:
             return None
         out += found
     return list(dict.fromkeys(out)) or None
 
 
-def _taken(call: Call) -> Selection | None:
+def taken(call: Call) -> Selection | None:
     """What part of its input a call hands on, where it is a part."""
     if call.name == "getitem":
         source, index = call.node.args[0], call.node.args[1]
@@ -128,7 +131,7 @@ def _scalars(graph: LayerGraph, dot: Dot) -> tuple[float, ...]:
         for i, (scale, size) in enumerate(zip(dot.call.over_widths("scale"), sizes, strict=True)):
             total[i] *= float(scale) if scale is not None else size**-0.5
     for call in (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call)):
-        for i, number in enumerate(_number(graph, call)):
+        for i, number in enumerate(as_number(graph, call)):
             total[i] *= number
     return tuple(total)
 
@@ -154,7 +157,7 @@ def _down(graph: LayerGraph, call: Call) -> Iterator[Call]:
         yield call
 
 
-def _number(graph: LayerGraph, call: Call) -> tuple[float, ...]:
+def as_number(graph: LayerGraph, call: Call) -> tuple[float, ...]:
     """The number a mul or div applies, at each width; 1 for any other call."""
     if call.name not in {"aten.mul", "aten.div"}:
         return (1.0,) * len(graph.recordings)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 
 from scaling.capture import Recording, record, unwrap
 from scaling.contractions import folded
+from scaling.depth import alpha_of, deepen
 from scaling.errors import CaptureFailed, GraphsDiffer, ScalingError
 from scaling.graph import LayerGraph, align
 from scaling.growth import Override, growth_of
 from scaling.huggingface import at_twice_the_width
+from scaling.initialised import init_only_note
 from scaling.inputs import made_up
 from scaling.records import Coverage, ScalingTable, Trace
 from scaling.rules import rules_of
@@ -32,6 +36,7 @@ def derive(
     fixed: Override | None = None,
     grows: Override | None = None,
     heads: str = "grow",
+    depth: bool | str | float | Fraction | sympy.Rational = False,
 ) -> ScalingTable:
     """Derives the scaling table of a model from how its graph uses every weight.
 
@@ -49,6 +54,8 @@ def derive(
         fixed: `{weight pattern: axis}`: the axis, and all the graph joins to it, does not grow.
         grows: `{weight pattern: axis}`: it grows.
         heads: "grow" or "fixed": which of heads × head_dim grows, where only one model is given.
+        depth: True for rules in the depth L as well, the number of residual branches on the stream: each is multiplied by L^-α with α = 1,
+            or with the α of [1/2, 1] given here ("1/2"). The model's forward stays as it is, see `scaling.depth`.
 
     Returns:
         The table: one rule per trainable weight, exact in d.
@@ -61,6 +68,8 @@ def derive(
         ConflictingUses: if the uses of a tied weight cannot be reconciled.
         TooManyGrowingAxes: if a weight has more than two growing axes.
         NoSuchAxis: if `fixed` or `grows` matches nothing.
+        NoResidualBranches: with `depth`, if the layers that repeat have no residual connections.
+        UnstableDepth: for a `depth` under which the stream grows with L.
     """
     if isinstance(model, torch.export.ExportedProgram):
         if args is None and not kwargs:
@@ -72,7 +81,11 @@ def derive(
     uses, dots = uses_of(graph, axes)
     growth = growth_of(graph, axes, widths=widths, heads=heads, fixed=fixed, grows=grows)
     contractions, folds = folded(graph, growth, dots)
-    rules = rules_of(graph.weights, uses, growth, folds)
+    deep = None if depth is False else deepen(graph, uses, alpha_of(depth), models[0])
+    rules = rules_of(graph.weights, uses, growth, [*folds, *(deep.folds if deep else ())])
+    if deep is not None:
+        rules = [deep.rule(rule) for rule in rules]
+        notes += (*deep.residual.notes, *init_only_note(models[0], deep.residual, rules, growth.size))
     names = [name for name, weight in models[0].named_parameters() if weight.requires_grad]
     reached = {name: rule for rule in rules for name in rule.names}
     table = ScalingTable(
@@ -87,6 +100,7 @@ def derive(
             operators_without_rule=without_rule,
             made_up=graph.recordings[0].made_up,
         ),
+        residual=deep.residual if deep else None,
         model=type(models[0]).__name__,
         notes=notes,
     )

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import sympy
 
 from scaling import optimizers
-from scaling.limits import WIDTH, leading
+from scaling.limits import DEPTH, WIDTH, leading
 from scaling.notation import decided, formula, plain
-from scaling.records import AxisClass, Block, Contraction, ScalingTable, Use, WeightRule
+from scaling.records import AxisClass, Block, Contraction, Residual, ScalingTable, Use, WeightRule
 from scaling.sheet import operator_name, places, same_rule, slice_text
 
 __all__ = ["Limit", "explain", "limit"]
@@ -74,6 +74,8 @@ def explain(table: ScalingTable, name: str) -> str:
     rule = table[name]
     kinds = _kinds(rule)
     steps = [("The axes", list(_axes(table, rule))), ("The uses", list(_uses(table, rule)))]
+    if table.residual is not None:
+        steps.append(("The depth", list(_depth(table.residual, rule))))
     for title, step in STEPS:
         steps.append((title, list(step(kinds))))
     out = [" = ".join(rule.names), f"shape {_times(rule.dims)} = {_times(rule.shape)}", *rule.notes]
@@ -172,10 +174,14 @@ class _Letters:
     multiplier: sympy.Expr
     input_scale: sympy.Expr
     target: sympy.Expr
+    branch: sympy.Expr
+    gradient: sympy.Expr
+    share: sympy.Expr
 
 
 def _letters(block: Block) -> _Letters:
     optional = {"copies": "copies", "multiplier": "m", "input_scale": "s_x", "target": "s_y"}
+    optional |= {"branch": "β", "gradient": "g", "share": "c"}
     letters = {
         name: sympy.Symbol(letter, positive=True) if getattr(block, name) != 1 else sympy.Integer(1) for name, letter in optional.items()
     }
@@ -202,7 +208,10 @@ def _spectral_condition(kinds: Kinds) -> Iterable[str]:
 
 
 def _norm(block: Block) -> str:
-    return _derived("‖W‖₂ = ‖ΔW‖₂", optimizers.spectral_norm, block) + (" in each copy" if block.copies != 1 else "")
+    copies = " in each copy" if block.copies != 1 else ""
+    if block.share == 1:
+        return _derived("‖W‖₂ = ‖ΔW‖₂", optimizers.spectral_norm, block) + copies
+    return f"{_derived('‖W‖₂', optimizers.spectral_norm, block)}, {_derived('‖ΔW‖₂', optimizers.update_norm, block)}{copies}"
 
 
 def _initial(kinds: Kinds) -> Iterable[str]:
@@ -224,7 +233,7 @@ def _rates(kinds: Kinds) -> Iterable[str]:
 
 def _rate(family: str, block: Block) -> str:
     rate = optimizers.LEARNING_RATES[family]
-    norm = formula(optimizers.spectral_norm(block) / rate(block))
+    norm = formula(optimizers.update_norm(block) / rate(block))
     unused = "; only with matrices='all', as fan_in and fan_out do not both grow" if family == "muon" and block.role != "hidden" else ""
     return f"‖U‖₂ ≍ {norm}, {_derived(f'η_{family}', rate, block)}{unused}"
 
@@ -256,6 +265,24 @@ def _column(block: Block) -> str:
     powers = tuple(str(block.exponent(name)) for name in ("init_std", "sgd", "adam"))
     unusual = "none, as the multiplier or the RMS of its input or output is not 1"
     return f"({', '.join(powers)}): {TP5_TABLE_3.get(powers, unusual)}; role {block.role!r}"
+
+
+def _depth(residual: Residual, rule: WeightRule) -> Iterable[str]:
+    """What a weight in a residual branch, or on a stream that repeats, is asked for (THEORY 4.1)."""
+    block, beta = rule.blocks[0], DEPTH**-residual.alpha
+    branch = next((one for one in residual.branches if rule.name in one.weights), None)
+    if branch is None and block.share == 1:
+        yield "outside of the residual branches: no factor of L (Dey et al. 2025, arXiv 2505.01618, table 1)"
+        return
+    yield f"L = {residual.size} residual branches join the stream, each times {formula(beta)}: being independent at init, they"
+    yield "    stay bounded for α ≥ 1/2; their changes in a step are aligned and add up, so that each changes its output by c = 1/(L·L^-α)"
+    if branch is not None:
+        yield f"this weight acts through the branch added at {branch.source}"
+    carried = f"β = {formula(block.branch)} is in its own size" if block.branch != 1 else "what comes behind it carries the multiplier"
+    yield f"    {carried}; its gradient has g = {formula(block.gradient)}; its change has c = {formula(block.share)}"
+    if rule.name in residual.shared:
+        yield f"    every repeat uses this one weight: {formula(block.gradient / beta)} gradients add up, which g counts"
+    yield "(Bordelon et al. 2024, arXiv 2405.15712; Dey et al. 2025, arXiv 2505.01618, table 1; Yang et al. 2023, arXiv 2310.02244)"
 
 
 STEPS: tuple[tuple[str, Callable[[Kinds], Iterable[str]]], ...] = (

@@ -9,10 +9,13 @@ from functools import cache
 
 import sympy
 
-__all__ = ["WIDTH", "exact", "exponent", "leading"]
+__all__ = ["DEPTH", "WIDTH", "exact", "exponent", "leading"]
 
 WIDTH = sympy.Symbol("d", positive=True)
 """The width d."""
+
+DEPTH = sympy.Symbol("L", positive=True)
+"""The depth L: residual branches that are added to the stream one after the other."""
 
 _BINARY: dict[type[ast.operator], Callable] = {
     ast.Add: operator.add,

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from scaling.contractions import _as_float, _down, _number, _up
+from scaling.contractions import _as_float, _down, _up, as_number
 from scaling.errors import CannotMeasure
 from scaling.graph import LayerGraph
 from scaling.limits import exponent
@@ -227,12 +227,12 @@ def multipliers(graph: LayerGraph, uses: Sequence[WeightUse], dots: Sequence[Dot
     taken = {call.node for dot in dots for call in (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call))}
     out: dict[WeightUse, tuple[float, ...]] = {}
     for use in uses:
-        numbers = [_number(graph, graph.calls[node]) for node in _chain(graph, use.operand)]
-        numbers += [_number(graph, graph.calls[node]) for node in _after(graph, use.call.node) if node not in taken]
+        numbers = [as_number(graph, graph.calls[node]) for node in _chain(graph, use.operand)]
+        numbers += [as_number(graph, graph.calls[node]) for node in _after(graph, use.call.node) if node not in taken]
         out[use] = tuple(math.prod(abs(row[i]) for row in numbers) for i in range(len(graph.recordings)))
     made = {node for use in uses for node in _after(graph, use.call.node)}
     for use in uses:
-        before = [_number(graph, graph.calls[node]) for node in _before(graph, use) if node not in taken | made]
+        before = [as_number(graph, graph.calls[node]) for node in _before(graph, use) if node not in taken | made]
         out[use] = tuple(value * math.prod(abs(row[i]) for row in before) for i, value in enumerate(out[use]))
     return out
 

@@ -3,6 +3,10 @@
 The derivation (Su Jianlin 2025, "Higher-order MuP: spectral condition"; Yang et al. 2023, arXiv 2310.17813): a low-rank
 gradient of y = m·W·x has ‖G‖₂ ≍ m·(s_x/s_y)·√(fan_in/fan_out). Each optimizer turns G into an update U, and the factor η solves
 η·‖U‖₂ = (s_y/s_x)·√(fan_out/fan_in)/m. A new optimizer is one function here.
+
+In residual branches (THEORY 4): `branch` is the part of the branch's multiplier L^-α that the weight carries in its own size,
+`gradient` what L^-α makes of its gradient, and `share` the part of a change that each of L branches, which add up, may make.
+Outside they are 1.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Protocol
 
 import sympy
 
-__all__ = ["DEGREES", "LEARNING_RATES", "epsilon", "init_std", "spectral_norm", "weight_decay"]
+__all__ = ["DEGREES", "LEARNING_RATES", "epsilon", "init_std", "spectral_norm", "update_norm", "weight_decay"]
 
 
 class Map(Protocol):
@@ -30,15 +34,26 @@ class Map(Protocol):
     def input_scale(self) -> sympy.Expr: ...
     @property
     def target(self) -> sympy.Expr: ...
+    @property
+    def branch(self) -> sympy.Expr: ...
+    @property
+    def gradient(self) -> sympy.Expr: ...
+    @property
+    def share(self) -> sympy.Expr: ...
 
 
 def _gain(use: Map) -> sympy.Expr:
-    return use.target / (use.input_scale * use.multiplier)
+    return use.target * use.branch / (use.input_scale * use.multiplier)
 
 
 def spectral_norm(use: Map) -> sympy.Expr:
     """‖W‖₂ and ‖ΔW‖₂ as wanted: (s_y/(s_x·m))·√(fan_out/fan_in) (Yang et al. 2023, arXiv 2310.17813, Condition 1)."""
     return _gain(use) * sympy.sqrt(use.fan_out / use.fan_in)
+
+
+def update_norm(use: Map) -> sympy.Expr:
+    """‖ΔW‖₂ as wanted: ‖W‖₂, of which a weight in one of L residual branches moves its share (THEORY 4.1)."""
+    return spectral_norm(use) * use.share
 
 
 def init_std(use: Map) -> sympy.Expr:
@@ -54,17 +69,17 @@ def init_std(use: Map) -> sympy.Expr:
 
 def sgd(use: Map) -> sympy.Expr:
     """U = G: ‖U‖₂ ≍ √(fan_in/fan_out), and each of `copies` maps sees its share (Yang et al. 2022, arXiv 2203.03466, table 3)."""
-    return _gain(use) ** 2 * use.copies * use.fan_out / use.fan_in
+    return _gain(use) ** 2 * use.copies * use.fan_out / use.fan_in * use.share / use.gradient
 
 
 def adam(use: Map) -> sympy.Expr:
     """U sign-like and of low rank: ‖U‖₂ ≍ √(fan_in·fan_out) (Yang et al. 2022, arXiv 2203.03466, table 3)."""
-    return _gain(use) / use.fan_in
+    return _gain(use) / use.fan_in * use.share
 
 
 def muon(use: Map) -> sympy.Expr:
     """U = msign(G), G/‖G‖₂ or SVC(G): ‖U‖₂ = 1 (Su 2025; Yang et al. 2023, arXiv 2310.17813)."""
-    return _gain(use) * sympy.sqrt(use.fan_out / use.fan_in)
+    return update_norm(use)
 
 
 LEARNING_RATES: dict[str, Callable[[Map], sympy.Expr]] = {"sgd": sgd, "adam": adam, "muon": muon}
@@ -79,7 +94,7 @@ Yang et al. 2022, arXiv 2203.03466, lemma J.1.
 
 def epsilon(use: Map) -> sympy.Expr:
     """ε follows the size of a gradient entry, m·s_x/(s_y·copies·fan_out) (Yang & Littwin 2023, arXiv 2308.01814, lemma 2.8.11)."""
-    return 1 / (_gain(use) * use.copies * use.fan_out)
+    return use.gradient / (_gain(use) * use.copies * use.fan_out)
 
 
 def weight_decay(use: Map, family: str = "adam") -> sympy.Expr:

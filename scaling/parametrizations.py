@@ -67,13 +67,14 @@ class OptimizerClass(NamedTuple):
         return law.multiplier * law.lr * self.norm(use, sigma)
 
     def rate(self, use: Map, sigma: sympy.Expr) -> sympy.Expr:
-        """The learning rate that solves m·η·‖U‖₂ = (s_y/s_x)·√(fan_out/fan_in)."""
-        return optimizers.spectral_norm(use) / self.norm(use, sigma)
+        """The learning rate that solves m·η·‖U‖₂ = (s_y/s_x)·√(fan_out/fan_in), of which a weight in a residual branch has a share."""
+        return optimizers.update_norm(use) / self.norm(use, sigma)
 
 
 def gradient_norm(use: Map) -> sympy.Expr:
     """‖G‖₂ ≍ m·(s_x/s_y)·√(fan_in/fan_out), of which each of `copies` maps sees its share (THEORY 1.4; arXiv 2310.17813, §4)."""
-    return use.multiplier * use.input_scale / use.target * sympy.sqrt(use.fan_in / use.fan_out) / use.copies
+    scale = use.multiplier * use.input_scale / (use.target * use.branch)
+    return scale * sympy.sqrt(use.fan_in / use.fan_out) / use.copies * use.gradient
 
 
 def shampoo(inverse: sympy.Expr) -> OptimizerClass:
@@ -211,13 +212,16 @@ def _published(name: str, block: Block, family: str) -> Law:
 
 
 def _plain(block: Block, multiplier: sympy.Expr) -> Block:
-    return block.model_copy(update={"multiplier": multiplier, "input_scale": ONE, "target": ONE})
+    ones = dict.fromkeys(("input_scale", "target", "branch", "gradient", "share"), ONE)
+    return block.model_copy(update={**ones, "multiplier": multiplier})
 
 
 def _folding(name: str, block: Block, family: str) -> Law:
-    """A table that is muP: what a contraction folds into a weight (THEORY 1.7) comes on top, by the gauge."""
+    """A table that is muP: what a contraction or a branch folds into a weight comes on top, by the gauge (THEORY 1.7), then depth."""
     law = _published(name, block, family)
-    return shifted(law, block.input_scale / block.target, family).model_copy(update={"multiplier": law.multiplier})
+    moved = shifted(law, block.input_scale / (block.target * block.branch), family)
+    lr = moved.lr * block.share / block.gradient ** class_of(family).degree
+    return moved.model_copy(update={"multiplier": law.multiplier, "lr": lr, "eps": moved.eps * block.gradient, "weight_decay": 1 / lr})
 
 
 def spectral(block: Block, family: str) -> Law:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Pr
 
 from scaling import optimizers
 from scaling.errors import MixedBlocks, NoGraph, UnknownName, WrongWidth
-from scaling.limits import WIDTH, exact, exponent
+from scaling.limits import DEPTH, WIDTH, exact, exponent
 
 if TYPE_CHECKING:
     from scaling.graph import LayerGraph
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AxisClass",
     "Block",
+    "Branch",
     "Contraction",
     "Coverage",
     "Exact",
@@ -31,6 +32,7 @@ __all__ = [
     "Law",
     "Parametrization",
     "Record",
+    "Residual",
     "ScalingTable",
     "Source",
     "Trace",
@@ -99,13 +101,17 @@ class _Map(Record):
     multiplier: Exact = ONE
     input_scale: Exact = ONE
     target: Exact = ONE
+    branch: Exact = ONE
+    gradient: Exact = ONE
+    share: Exact = ONE
 
 
 class Use(_Map):
     """A weight at one operator: `fan_in` terms are summed into each of `fan_out` outputs, in `copies` separate maps.
 
     `target` is the RMS size the output is meant to have and `input_scale` the input's, 1 but for THEORY 1.7's exceptions.
-    `multiplier` is the fixed factor on the weight at this use.
+    `multiplier` is the fixed factor on the weight at this use. `branch`, `gradient` and `share` are what depth asks of a weight in a
+    residual branch (`scaling.optimizers`), 1 in a table without depth.
     """
 
     operator: str
@@ -188,9 +194,9 @@ class Block(_Map):
             raise UnknownName("quantity", name, QUANTITIES)
         return getattr(self, name)
 
-    def exponent(self, name: str) -> sympy.Rational:
-        """The power of d that the quantity follows as d→∞."""
-        return exponent(self.quantity(name))
+    def exponent(self, name: str, of: sympy.Symbol = WIDTH) -> sympy.Rational:
+        """The power of d (or of `table.depth`) that the quantity follows as d→∞ (L→∞)."""
+        return exponent(self.quantity(name), of)
 
 
 class WeightRule(Record):
@@ -268,19 +274,20 @@ class WeightRule(Record):
         """What the limits recover: "input", "embedding", "hidden", "output", "vector" or "scalar"."""
         return self._agreed("role", [block.role for block in self.blocks])  # pyright: ignore[reportReturnType]
 
-    def exponent(self, name: str) -> sympy.Rational:
-        """The power of d that a quantity follows as d→∞: an exact Rational.
+    def exponent(self, name: str, of: sympy.Symbol = WIDTH) -> sympy.Rational:
+        """The power of d that a quantity follows as d→∞, or of L as L→∞: an exact Rational.
 
         Args:
             name: "init_std", "multiplier", "fan_in", "fan_out", "copies", "eps", "weight_decay", or an optimizer family.
+            of: the symbol: `table.width` or `table.depth`.
 
         Raises:
             MixedBlocks: if the blocks have different exponents.
             UnknownName: if there is no such quantity.
         """
         if name == "multiplier":
-            return exponent(self.multiplier)
-        return self._agreed(name, [block.exponent(name) for block in self.blocks])  # pyright: ignore[reportReturnType]
+            return exponent(self.multiplier, of)
+        return self._agreed(name, [block.exponent(name, of) for block in self.blocks])  # pyright: ignore[reportReturnType]
 
 
 class Law(Record):
@@ -334,6 +341,43 @@ class Contraction(Record):
     folded: tuple[str, ...]
 
 
+class Branch(Record):
+    """A residual branch f of h + L^-α·f(h), or several alike in `count`.
+
+    `scale` is L^-α and `present` the part of it that the model's own forward has; the rest is in the init and learning rate of the weights
+    `folded`, or, where nothing could carry it, `forward` is left: the factor on the output of the module `at` ("" if there is none).
+    `weights` are those that act through this branch.
+    """
+
+    source: Source
+    scale: Exact
+    present: Exact = ONE
+    folded: tuple[str, ...] = ()
+    forward: Exact = ONE
+    at: str = ""
+    weights: tuple[str, ...] = ()
+
+
+class Residual(Record):
+    """The depth of a table: L is `size` in its model, the number of residual branches that follow each other on the stream.
+
+    `alpha`: a branch is multiplied by L^-α. `shared`: weights of which every branch (of a kind) uses the same one. `on_stream`: weights
+    that the stream itself passes once for every addition (post-norm).
+    """
+
+    size: int
+    alpha: Exact
+    branches: tuple[Branch, ...]
+    shared: tuple[str, ...] = ()
+    on_stream: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """All weights whose number grows with depth."""
+        return frozenset(self.on_stream).union(*(branch.weights for branch in self.branches))
+
+
 class Coverage(Record):
     """How much of the model the derivation reached."""
 
@@ -363,7 +407,7 @@ class Trace:
 class ScalingTable(Record):
     """The scaling table: one rule per trainable weight, in model order; a tied alias finds the same rule.
 
-    `size` is the width d of the model the table was derived from.
+    `size` is the width d of the model the table was derived from; `residual` its depth, where it was derived with `depth`.
     """
 
     size: int
@@ -371,6 +415,7 @@ class ScalingTable(Record):
     classes: tuple[AxisClass, ...] = ()
     contractions: tuple[Contraction, ...] = ()
     coverage: Coverage
+    residual: Residual | None = None
     model: str = ""
     notes: tuple[str, ...] = ()
     _trace: Trace | None = PrivateAttr(default=None)
@@ -397,6 +442,16 @@ class ScalingTable(Record):
     def width(self) -> sympy.Symbol:
         """The symbol d."""
         return WIDTH
+
+    @property
+    def depth(self) -> sympy.Symbol:
+        """The symbol L."""
+        return DEPTH
+
+    @property
+    def depth_size(self) -> int | None:
+        """L in this model; None for a table derived without depth."""
+        return None if self.residual is None else self.residual.size
 
     @cached_property
     def _by_name(self) -> dict[str, WeightRule]:
@@ -479,8 +534,22 @@ class ScalingTable(Record):
     def _repr_html_(self) -> str:
         return self.to_html()
 
-    def size_of(self, shapes: dict[str, tuple[int, ...]]) -> int:
+    def depth_of(self, names: Iterable[str]) -> int | None:
+        """The depth L of a model that has the weights `names`: this table's model with fewer blocks, of the same names, or itself.
+
+        None where names do not tell: branches that share their weights, a table without depth, or weights this table does not know.
+        """
+        known = set(names)
+        if self.residual is None or self.residual.shared or not known <= set(self._by_name):
+            return None
+        whole = sum(known.issuperset(branch.weights) for branch in self.residual.branches)
+        size = sympy.Rational(self.residual.size * whole, len(self.residual.branches))
+        return int(size) if size.is_Integer and size > 0 else None
+
+    def size_of(self, shapes: dict[str, tuple[int, ...]], *, fewer: bool = False) -> int:
         """The width d at which the table's shapes are the given ones (`name -> shape` of every weight of a model).
+
+        With `fewer` the model may lack some of the table's residual branches.
 
         Raises:
             WrongWidth: if a weight has another number of axes, or no single d fits all shapes.
@@ -488,7 +557,10 @@ class ScalingTable(Record):
         if all(shapes.get(rule.name) == rule.shape for rule in self.rules):
             return self.size
         size = None
+        optional = self.residual.weights if fewer and self.residual is not None else ()
         for rule in self.rules:
+            if rule.name not in shapes and rule.name in optional:
+                continue
             if rule.name not in shapes:
                 raise WrongWidth(rule.name, (), f"{rule.dims}")
             shape = shapes[rule.name]

@@ -68,18 +68,17 @@ def _rule(call: Call, uses: list[WeightUse], growth: Growth, folds: list[Fold], 
             message = f"no use covers a block of {call.names[0]}"
             raise OurBug(message)
         maps = [_map(use, cells, dims, growth) for use in covering]
-        target = sympy.Integer(1)
+        carried = {"target": sympy.Integer(1), "branch": sympy.Integer(1)}
         for fold in folds:
             if _selected(fold.selection, [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]):
-                target *= fold.target
-        block = maps[0].model_copy(update={"target": target})
-        blocks.append(block)
+                carried[fold.quantity] *= fold.target
+        blocks.append(maps[0].model_copy(update=carried))
         for use, multiplier in zip(covering, _multipliers(call, maps, covering), strict=True):
             m = maps[covering.index(use)]
             described.setdefault(
                 id(use),
                 Use(operator=use.call.name, source=use.call.source, fan_in=m.fan_in, fan_out=m.fan_out, copies=m.copies,
-                    multiplier=multiplier, target=target, lookup=m.lookup),
+                    multiplier=multiplier, lookup=m.lookup, **carried),
             )  # fmt: skip
             if multiplier != 1:
                 notes[f"tied: its use at {use.call.source} is multiplied by {multiplier}"] = None

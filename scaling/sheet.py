@@ -10,9 +10,9 @@ import sympy
 
 from scaling import optimizers
 from scaling.folding import fold, template
-from scaling.limits import WIDTH, exponent
+from scaling.limits import DEPTH, WIDTH, exponent
 from scaling.notation import Code, Text, decided, join
-from scaling.records import AxisClass, Block, Contraction, Coverage, ScalingTable, Use, WeightRule
+from scaling.records import AxisClass, Block, Branch, Contraction, Coverage, Residual, ScalingTable, Use, WeightRule
 
 __all__ = ["COLUMNS", "Line", "Section", "Sheet", "operator_name", "phrase", "places", "same_rule", "sheet", "slice_text"]
 
@@ -164,7 +164,7 @@ def _why(rule: WeightRule) -> Text:
 
 def phrase(use: Use | Block, block: Block) -> Text:
     """How a map uses the axes, in a few words, and what is unusual about it; `block` has the axes of the weight."""
-    named = {"copies": use.copies, "times": use.multiplier, "of input RMS": use.input_scale, "of output RMS": use.target}
+    named = {"copies": use.copies, "times": use.multiplier, "of input RMS": use.input_scale, "of output RMS": use.target * use.branch}
     unusual = [(", ", value, " copies") if name == "copies" else (f", {name} ", value) for name, value in named.items() if value != 1]
     return (*_map(use, block), *join("", unusual))
 
@@ -189,6 +189,7 @@ def _looked_up(block: Block) -> sympy.Expr:
 def _sections(table: ScalingTable, *, full: bool) -> Iterable[Section]:
     model = f" in this model ({table.model})" if table.model else " in this model"
     yield Section("Width", ((WIDTH, f" = {table.size}{model}"),))
+    yield Section("Depth", tuple(_depth(table.residual, full=full) if table.residual is not None else ()))
     yield Section("Reading", (*((line,) for line in READING), *_matrix_note(table)))
     yield Section("Axes", (*_axes(table.classes, full=full), *_flip(table.classes)))
     yield Section("Products of two activations summed over a growing axis", tuple(_contractions(table.contractions, full=full)))
@@ -200,6 +201,42 @@ READING = (
     "init_std: standard deviation of the random initial entries; what starts at a constant (biases, gains) keeps it",
     "lr: factor on the nominal learning rate of an optimizer",
 )
+
+
+def _depth(residual: Residual, *, full: bool) -> Iterable[Text]:
+    """What L counts, where each L^-α is, and what is no branch of its own."""
+    yield (DEPTH, f" = {residual.size} residual branches, added one after the other to the stream of values in this model")
+    groups: dict[object, list[Branch]] = defaultdict(list)
+    for one in residual.branches:
+        source = one.source.model_copy(update={"module": ""})
+        alike = (source, one.scale, one.present, one.forward, template(one.at), tuple(map(template, one.folded)))
+        groups[one if full else alike].append(one)
+    for group in groups.values():
+        yield _branch(group)
+    if residual.shared:
+        yield ("shared over depth, so that gradients add up: ", *join(", ", [(Code(name),) for name in fold(residual.shared)]))
+    if residual.on_stream:
+        names = join(", ", [(Code(name),) for name in fold(residual.on_stream)])
+        yield ("on the stream after every addition, so that updates add up: ", *names)
+
+
+def _branch(group: list[Branch]) -> Text:
+    """Branches that are alike: their multiplier, and what carries it."""
+    first, many = group[0], f" ×{len(group)}" if len(group) > 1 else ""
+    head: Text = (
+        Code(f"{first.source.file}:{first.source.line}: {first.source.code}"),
+        f"{many}: the branch is multiplied by ",
+        first.scale,
+    )
+    has: Text = (", of which the forward has ", first.present) if first.present != 1 else ()
+    folded = fold(dict.fromkeys(name for one in group for name in one.folded))
+    if folded:
+        return (*head, *has, ", in the init and learning rate of ", *join(", ", [(Code(name),) for name in folded]))
+    if first.forward == 1:
+        return (*head, ", which the forward has" if first.present != 1 else "")
+    at = fold(dict.fromkeys(one.at for one in group if one.at))
+    where: Text = ("on the output of ", *join(", ", [(Code(name),) for name in at])) if at else ("by hand, before the addition",)
+    return (*head, *has, "; no weight at its end can carry it alone: multiply by ", first.forward, " in the forward, ", *where)
 
 
 def _matrix_note(table: ScalingTable) -> list[Text]:

@@ -269,7 +269,7 @@ def _spectral(case: _Case, r: sympy.Expr) -> Iterator[Obligation]:
         yield _obligation(case, "init", None, None, ZERO, by)
     else:
         yield _decided(case, "init", _init_norm(case), target, cures.get("init", ""))
-    yield _decided(case, "update", case.optimizer.update(law, block), target, cures.get("update", ""))
+    yield _decided(case, "update", case.optimizer.update(law, block), target * block.share, cures.get("update", ""))
     if case.later:
         return
     if block.role == "hidden":
