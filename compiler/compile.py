@@ -52,6 +52,7 @@ def compile(
     lr: float | Tensor,
     weight_decay: float = 0.0,
     base: Base = None,
+    base_depth: int | None = None,
     rest: str | None = None,
     rest_lr: float | None = None,
     matrices: str = "hidden",
@@ -81,6 +82,7 @@ def compile(
         weight_decay: the fraction decayed per step is lr·weight_decay in every group, whatever its factor.
         base: None: the factors are the table's formulas. A width, a model or a function that builds one: every factor is divided
             by its value there, so that at this width model and optimizer are exactly the user's own. `init_` says how weights follow.
+        base_depth: with a table of depth, the L of the base; counted if the base is a model whose weights have this one's names.
         rest: "adam", "sgd" or "sign"; "adam" by default under a matrix map, else `optimizer` itself.
         rest_lr: a nominal lr of its own for the rest, applied as a ratio so that schedulers move both.
         matrices: "hidden", or "all" to send input and output maps through `optimizer` as well.
@@ -110,7 +112,7 @@ def compile(
         raise UnknownName("choice of matrices", matrices, MATRICES)
     ratio = _ratio(lr, rest_lr)
     built = base_model(base)
-    factors = Factors.of(model, table, built or base)
+    factors = Factors.of(model, table, built or base, base_depth)
     shared = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "clip": clip, "maximize": maximize}
     shared |= {"accuracy": accuracy, "strict": strict, "nonfinite": nonfinite}
     groups: dict[str, dict[str, Any]] = {}
@@ -168,7 +170,7 @@ def _options(block: Block, recipe: Recipe, factors: Factors, ratio: float) -> di
         "lr_scale": factor * ratio,
         "wd_scale": 1 / factor,
         "eps_scale": factors.at(block.eps) if recipe.update == "adam" else 1.0,
-        "clip_scale": factors.at(block.spectral_norm) if recipe.map == "svc" else 1.0,
+        "clip_scale": factors.at(block.spectral_norm / block.gradient) if recipe.map == "svc" else 1.0,
         "norm_scale": factors.at(block.lr["sgd"]) ** 0.5,
     }
 

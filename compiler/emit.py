@@ -108,7 +108,7 @@ def param_groups(model, d, lr, weight_decay=0.0, eps=1e-8, base=None):
 
 
 def emit(table: ScalingTable, path: str | os.PathLike[str], optimizer: str = "adam") -> Path:
-    """Write init, forward multipliers and parameter groups as formulas in d, one entry per distinct rule.
+    """Write init, forward multipliers and parameter groups as formulas in d (and in L), one entry per distinct rule.
 
     Args:
         table: from `scaling.derive`.
@@ -128,12 +128,30 @@ def emit(table: ScalingTable, path: str | os.PathLike[str], optimizer: str = "ad
     rules: dict[str, list[str]] = {}
     for rule in table:
         rules.setdefault(_fields(rule, OPTIMIZERS[optimizer].family), []).append(rule.name)
-    text = HEAD.format(model=table.model or "a model", size=table.size, usage=USAGE[optimizer])
+    head, body = (HEAD, BODY) if table.residual is None else (_deep(HEAD), _deep(BODY))
+    text = head.format(model=table.model or "a model", size=table.size, usage=USAGE[optimizer])
     text += "RULES = [\n" + "".join(_entry(names, fields) for fields, names in rules.items()) + "]\n\n"
-    text += "MULTIPLIERS = [\n" + "".join(f"    {line},\n" for line in _multipliers(table)) + "]\n" + BODY
+    text += "MULTIPLIERS = [\n" + "".join(f"    {line},\n" for line in _multipliers(table)) + "]\n" + body
+    text = text if table.residual is None else text.replace("lambda d:", "lambda d, L:")
     out = Path(path)
     out.write_text(text, encoding="utf-8")
     return out
+
+
+def _deep(text: str) -> str:
+    """The file's fixed part with the depth L next to the width d."""
+    pairs = {
+        "Width scaling": "Width and depth scaling",
+        "a new model of width d,": "a new model of width d and depth L,",
+        "model, d": "model, d, L",
+        "(d)": "(d, L)",
+        "(base)": "(*base)",
+        "base=256": "base=(256, 8)",
+        "at width 256": "at width 256 and depth 8",
+    }
+    for old, new in pairs.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _entry(names: list[str], fields: str) -> str:
@@ -162,7 +180,7 @@ def _function(values: Iterable[sympy.Expr], rule: WeightRule, what: str) -> str:
 
 
 def _init(rule: WeightRule) -> list[str]:
-    parts = {(_code(block.init_std), _code(block.target)) for block in rule.blocks}
+    parts = {(_code(block.init_std), _code(block.target * block.branch)) for block in rule.blocks}
     if len(parts) == 1:
         std, target = parts.pop()
         return [f"((), {std}, {target})"]
@@ -172,7 +190,7 @@ def _init(rule: WeightRule) -> list[str]:
         if slices is None:
             raise NotExpressible(rule.name, "has interleaved blocks of different initial size", "use compiler.init_")
         index = ", ".join(f"slice({_code(s.start)}, {_code(s.stop)})" for s in slices)
-        out.append(f"(({index},), {_code(block.init_std)}, {_code(block.target)})")
+        out.append(f"(({index},), {_code(block.init_std)}, {_code(block.target * block.branch)})")
     return out
 
 
@@ -194,6 +212,12 @@ def _multipliers(table: ScalingTable) -> list[str]:
             if use.multiplier != 1:
                 side = "output" if use.lookup else "input"
                 lines[use.source.module] = f'("{use.source.module}", lambda d: {_code(use.multiplier)}, "{side}")'
+    for branch in table.residual.branches if table.residual is not None else ():
+        if branch.forward != 1 and not branch.at:
+            why = f"is in a residual branch that needs the forward multiplier {branch.forward}, and no module of its own ends it"
+            raise NotExpressible(branch.weights[-1], why, f"multiply it by hand there\n  at {branch.source}")
+        if branch.forward != 1:
+            lines[branch.at] = f'("{branch.at}", lambda d: {_code(branch.forward)}, "output")'
     return list(lines.values())
 
 

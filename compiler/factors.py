@@ -10,7 +10,7 @@ from torch import nn
 
 from compiler.errors import BadOption, NotExpressible
 from scaling.errors import UnreachedWeights
-from scaling.limits import WIDTH
+from scaling.limits import DEPTH, WIDTH
 from scaling.records import ScalingTable, WeightRule
 
 __all__ = ["Base", "Factors", "base_model", "ruled_weights", "width_of"]
@@ -25,7 +25,7 @@ def width_of(model: nn.Module, table: ScalingTable) -> int:
     Raises:
         WrongWidth: if there is none.
     """
-    return table.size_of({name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
+    return table.size_of(_shapes(model))
 
 
 def base_model(base: Base) -> nn.Module | None:
@@ -43,46 +43,64 @@ def base_model(base: Base) -> nn.Module | None:
 
 
 class Factors:
-    """Numbers for the table's expressions at one width: absolute, or relative to their value at a base width."""
+    """Numbers for the table's expressions at one width and depth: absolute, or relative to their value at those of a base."""
 
-    def __init__(self, width: int, base: int | None = None) -> None:
-        self.width, self.base = width, base
+    def __init__(self, width: int, base: int | None = None, depth: int | None = None, base_depth: int | None = None) -> None:
+        self.width, self.base, self.depth, self.base_depth = width, base, depth, base_depth
 
     @classmethod
-    def of(cls, model: nn.Module, table: ScalingTable, base: Base = None) -> Factors:
-        """The factors for a model.
+    def of(cls, model: nn.Module, table: ScalingTable, base: Base = None, base_depth: int | None = None) -> Factors:
+        """The factors for a model; the L of a base model is counted if `base_depth` is not given.
 
         Raises:
             WrongWidth: if the table's shapes are the model's, or the base model's, at no width.
-            BadOption: if base is none of the things it may be.
+            BadOption: if base is none of the things it may be, or its depth is missing, of no use, or cannot be told.
         """
         built = base_model(base)
-        return cls(width_of(model, table), width_of(built, table) if built is not None else base)  # pyright: ignore[reportArgumentType]
+        width = base if built is None else table.size_of(_shapes(built), fewer=True)
+        if (base is None or table.residual is None) and base_depth is not None:
+            cure = "give base= as well" if base is None else "derive the table with depth: derive(model, depth=True)"
+            raise BadOption("base_depth", base_depth, f"of no use here: {cure}")
+        if base is not None and table.residual is not None and base_depth is None:
+            base_depth = table.depth_of(_shapes(built)) if built is not None else None
+            if base_depth is None:
+                raise BadOption("base_depth", None, f"the L of the base, as L = {table.residual.size} is the model's: this table has depth")
+        if base_depth is not None and not base_depth > 0:
+            raise BadOption("base_depth", base_depth, "a number of residual branches")
+        return cls(width_of(model, table), width, table.depth_size, base_depth)  # pyright: ignore[reportArgumentType]
 
     @property
     def at_base(self) -> bool:
-        """Whether the model has the base width, where every relative factor is exactly 1."""
-        return self.width == self.base
+        """Whether the model has the base's width and depth, where every relative factor is exactly 1."""
+        return self.width == self.base and (self.depth is None or self.depth == self.base_depth)
 
     def value(self, expression: sympy.Expr) -> float:
-        """The expression at the model's width."""
-        return _number(expression, self.width)
+        """The expression at the model's width and depth."""
+        return _number(expression, self.width, self.depth)
 
     def at(self, expression: sympy.Expr) -> float:
-        """The expression at the model's width, over its value at the base width if there is one."""
+        """The expression at the model's width and depth, over its value at the base's if there is one."""
         if self.base is None:
             return self.value(expression)
-        return 1.0 if self.at_base else _ratio(expression, self.width, self.base)
+        return 1.0 if self.at_base else _ratio(expression, (self.width, self.depth), (self.base, self.base_depth))
 
 
 @cache
-def _number(expression: sympy.Expr, width: int) -> float:
-    return float(expression.subs(WIDTH, width))
+def _number(expression: sympy.Expr, width: int, depth: int | None) -> float:
+    return float(_at(expression, width, depth))
 
 
 @cache
-def _ratio(expression: sympy.Expr, width: int, base: int) -> float:
-    return float(expression.subs(WIDTH, width) / expression.subs(WIDTH, base))
+def _ratio(expression: sympy.Expr, size: tuple[int, int | None], base: tuple[int, int | None]) -> float:
+    return float(_at(expression, *size) / _at(expression, *base))
+
+
+def _at(expression: sympy.Expr, width: int, depth: int | None) -> sympy.Expr:
+    return expression.subs({WIDTH: width} if depth is None else {WIDTH: width, DEPTH: depth})
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def ruled_weights(model: nn.Module, table: ScalingTable) -> list[tuple[str, nn.Parameter, WeightRule]]:

@@ -15,7 +15,8 @@ from compiler.errors import AlreadyCompiled, BadOption, NotExpressible
 from compiler.factors import Base, Factors, base_model, ruled_weights
 from compiler.norms import spectral_norm, spectral_normalize, svc
 from scaling.errors import UnknownName
-from scaling.records import Block, ScalingTable, Use, WeightRule
+from scaling.folding import template
+from scaling.records import Block, Branch, ScalingTable, Use, WeightRule
 
 __all__ = ["LAWS", "Multiplier", "init_", "plan_init", "plan_multipliers"]
 
@@ -24,7 +25,12 @@ MARK = "_spectral_mup"
 
 
 def init_(
-    model: nn.Module, table: ScalingTable, base: Base = None, law: str = "gaussian", generator: torch.Generator | None = None
+    model: nn.Module,
+    table: ScalingTable,
+    base: Base = None,
+    law: str = "gaussian",
+    generator: torch.Generator | None = None,
+    base_depth: int | None = None,
 ) -> nn.Module:
     """Give every trainable weight the table's initial size, in place, and install the forward multipliers.
 
@@ -45,6 +51,7 @@ def init_(
             "sn" a Gaussian scaled to spectral norm T exactly (to 0.1 %), T = √(fan_out/fan_in) in the plain case; "svc" a
             Gaussian of std σ clipped at T; "msign" orthogonal with gain T.
         generator: of the random numbers; torch's global one by default.
+        base_depth: see `compiler.compile`. A block that the base model does not have is compared with the last of its kind there.
 
     Returns:
         The model.
@@ -55,7 +62,7 @@ def init_(
         NotExpressible: if a multiplier has to go into the user's code. The model is unchanged whenever this raises.
     """
     built = base_model(base)
-    factors = Factors.of(model, table, built or base)
+    factors = Factors.of(model, table, built or base, base_depth)
     actions = [*plan_init(model, table, factors, built, law, generator), *plan_multipliers(model, table, factors)]
     for action in actions:
         action()
@@ -85,22 +92,29 @@ def plan_init(
     bases = dict(base.named_parameters(remove_duplicate=False)) if base is not None else {}
     actions: list[Action] = []
     for name, weight, rule in weights:
-        like = next((bases[alias] for alias in rule.names if alias in bases), None)
+        like = _counterpart(rule, bases)
         for block in rule.blocks:
-            part = _Part(name, block, weight, factors.width, law, generator, factors.at(block.target))
+            part = _Part(name, block, weight, factors, law, generator)
             actions.append(part.rescaled(like, factors) if like is not None else part.drawn())
     return [*actions, partial(_mark, model, init=law)]
+
+
+def _counterpart(rule: WeightRule, bases: dict[str, nn.Parameter]) -> nn.Parameter | None:
+    """The base model's weight of the name; of a block that it does not have, the last of the same kind."""
+    own = next((bases[alias] for alias in rule.names if alias in bases), None)
+    alike = [weight for name, weight in bases.items() if template(name) == template(rule.name) and weight.ndim == len(rule.dims)]
+    return own if own is not None or not alike else alike[-1]
 
 
 class _Part:
     """One block to be initialised."""
 
     def __init__(
-        self, name: str, block: Block, weight: nn.Parameter, width: int, law: str, generator: torch.Generator | None, target: float
+        self, name: str, block: Block, weight: nn.Parameter, factors: Factors, law: str, generator: torch.Generator | None
     ) -> None:
-        self.name, self.block, self.generator, self.target = name, block, generator, target
-        self.W, self.sizes = block_view(weight.detach(), axes_of(block, Factors(width).value))
-        self.absolute = Factors(width)
+        self.name, self.block, self.generator, self.target = name, block, generator, factors.at(block.target * block.branch)
+        self.absolute = Factors(factors.width, depth=factors.depth)
+        self.W, self.sizes = block_view(weight.detach(), axes_of(block, self.absolute.value))
         self.vector = block.fan_in == 1 and not block.lookup
         self.bias = self.vector and weight.ndim == 1
         self.law = LAWS["gaussian" if self.vector or block.lookup else law]
@@ -222,6 +236,10 @@ def plan_multipliers(model: nn.Module, table: ScalingTable, factors: Factors) ->
             if factor != 1:
                 _require_own_module(model, rule, use, factor)
                 needed[use.source.module] = factor, use.lookup
+    for branch in table.residual.branches if table.residual is not None else ():
+        if (factor := factors.at(branch.forward)) != 1:
+            _require_own_output(model, branch, needed, factor)
+            needed[branch.at] = factor, True
     found = _marks(model).get("multipliers")
     if found is not None and found != needed:
         raise AlreadyCompiled("multiplying this model's forward")
@@ -246,6 +264,16 @@ def _require_own_module(model: nn.Module, rule: WeightRule, use: Use, factor: fl
             rule.name,
             f"needs the forward multiplier {rule.multiplier} (here {factor:g}) at a use that is not a module of its own",
             f"multiply by hand there, and compile a table without it\n  at {use.source}",
+        )
+
+
+def _require_own_output(model: nn.Module, branch: Branch, needed: dict[str, tuple[float, bool]], factor: float) -> None:
+    """A hook can stand for a branch's multiplier only if one module makes the branch's last value, and has no other factor."""
+    if branch.at not in dict(model.named_modules()) or not branch.at or needed.get(branch.at, (factor, True)) != (factor, True):
+        raise NotExpressible(
+            branch.weights[-1] if branch.weights else "of a branch",
+            f"is in a residual branch that needs the forward multiplier {branch.forward} (here {factor:g}), and no module alone ends it",
+            f"end the branch with a linear map, or multiply it by hand and derive without depth=\n  at {branch.source}",
         )
 
 

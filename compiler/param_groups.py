@@ -23,6 +23,7 @@ def param_groups(
     weight_decay: float = 0.0,
     eps: float = 1e-8,
     base: Base = None,
+    base_depth: int | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for any `torch.optim` class, with the factors already multiplied into lr, weight_decay and (for "adam") eps.
 
@@ -39,6 +40,7 @@ def param_groups(
         weight_decay: nominal; the fraction decayed per step, lr·weight_decay, is the same in every group.
         eps: nominal, for "adam".
         base: see `compiler.compile`.
+        base_depth: see `compiler.compile`.
 
     Returns:
         Dicts with "params", "param_names", "lr", "weight_decay" and, for "adam", "eps"; every trainable weight in exactly one.
@@ -50,7 +52,7 @@ def param_groups(
     """
     if family not in LEARNING_RATES:
         raise UnknownName("optimizer family", family, LEARNING_RATES)
-    factors = Factors.of(model, table, base)
+    factors = Factors.of(model, table, base, base_depth)
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
     for name, weight, rule in ruled_weights(model, table):
         lr_factor, eps_factor = _agreed(name, rule, family, factors)
