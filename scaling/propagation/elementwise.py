@@ -1,0 +1,123 @@
+"""Sums, products and choices of values, entry by entry."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from scaling.contractions import _as_float
+from scaling.graph import Call
+from scaling.orders import CONSTANT, ZERO, Exponent, Pieces, State, joined, least, minus, plus, shared, times, top, zipped
+from scaling.propagation.context import TINY, Context, Result, Values, largest, shape_of
+from scaling.propagation.pointwise import powered
+
+__all__ = ["added", "broadcast", "merged", "multiplied", "product_of"]
+
+
+def broadcast(context: Context, call: Call, node: fx.Node | None, d: Pieces[Exponent]) -> Pieces[Exponent]:
+    """The gradient of an operand that was broadcast: summed over the axes it lacks."""
+    if node is None:
+        return d
+    out, own = context.orders(call.node), context.orders(node)
+    if tuple(node.meta["val"].shape) == shape_of(call):
+        return d
+    return Pieces.of(plus(d.whole(largest), context.gathered(max(out - own, ZERO))))
+
+
+def added(context: Context, call: Call, values: Values) -> Result | None:
+    """A sum of values and numbers; a constant that is no ε counts as Θ(1)."""
+    tensors = [(node, value) for node, value in zip(call.tensors, values, strict=True) if value is not None]
+    numbers = [x for name in ("self", "other") for x in (call.get(name),) if isinstance(x, (int, float))]
+    alpha = call.get("alpha", 1)
+    if not tensors or (isinstance(alpha, (int, float)) and alpha == 0):
+        return None
+    out = tensors[0][1]
+    for _, value in tensors[1:]:
+        out = zipped(lambda a, b: joined((a, b)), out, value, shape_of(call))
+    if any(abs(number) > TINY for number in numbers):
+        out = out.each(lambda x: joined((x, CONSTANT)))
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        return [None if v is None else broadcast(context, call, n, d) for n, v in zip(call.tensors, values, strict=True)]
+
+    return out, pull
+
+
+def product_of(context: Context, a: State, b: State, narrow: tuple[bool, bool]) -> State:
+    """a·b entry by entry; `narrow` says which of the two has no growing axis."""
+    init = plus(a.init, b.init)
+    change = top(plus(a.change, b.init), plus(a.init, b.change), plus(a.change, b.change))
+    after = plus(a.after, b.after)
+    if narrow[1]:
+        mean = plus(a.mean, b.init)
+    elif narrow[0]:
+        mean = plus(a.init, b.mean)
+    else:
+        mean = init if shared(a, b) else plus(a.mean, b.mean)
+    return State.of(init, mean, least(change, top(init, after)), a.roots | b.roots, after)
+
+
+def multiplied(context: Context, call: Call, values: Values) -> Result | None:
+    """A product or quotient of two values, or of a value and a number that may follow the width."""
+    divides = call.name in {"aten.div", "aten.divide", "aten.true_divide"}
+    operands = [(node, value) for node, value in zip(call.tensors, values, strict=True) if value is not None]
+    numbers = [_numbers(call, name) for name in ("self", "other")]
+    data = [(node, value) for node, value in operands if node is not None and not _is_number(node)]
+    if len(data) == 1 and any(numbers):
+        node, x = data[0]
+        given = next(n for n in numbers if n)
+        power = context.power(given, context.lengths(node))
+        if divides and numbers[0]:  # a number over a value
+            inverse, curve = powered(-1), None
+            out = x.each(lambda s: inverse(s)[0].scaled(power))
+            curve = x.each(lambda s: plus(inverse(s)[1], power))
+            return out, lambda d: [zipped(plus, curve, d, shape_of(call)) if n is node else None for n in call.tensors]
+        power = times(power, -1) if divides else power
+        return x.each(lambda s: s.scaled(power)), lambda d: [d.each(lambda e: plus(e, power)) if n is node else None for n in call.tensors]
+    if len(operands) != 2:
+        return None
+    (left, a), (right, b) = operands
+    if left is None or right is None:
+        return None
+    inverse = powered(-1)
+    factor = b.each(lambda s: inverse(s)[0]) if divides else b
+    narrow = context.orders(left) == 0, context.orders(right) == 0
+    out = zipped(lambda x, y: product_of(context, x, y, narrow), a, factor, shape_of(call))
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        to_a = zipped(lambda e, y: plus(e, y.after), d, factor, shape_of(call))
+        to_b = zipped(lambda e, x: plus(e, x.after), d, a, shape_of(call))
+        if divides:
+            to_b = zipped(lambda e, y: minus(e, times(y.after, 2)), to_b, b, shape_of(call))
+        return [broadcast(context, call, left, to_a), broadcast(context, call, right, to_b)]
+
+    return out, pull
+
+
+def _is_number(node: fx.Node) -> bool:
+    return _as_float(node) is not None
+
+
+def _numbers(call: Call, name: str) -> tuple[float, ...]:
+    """A number argument at every width; () if it is none."""
+    values = [_as_float(value) for value in call.arguments.get(name, (None,))]
+    return tuple(v for v in values if v is not None) if all(v is not None for v in values) else ()
+
+
+def merged(context: Context, call: Call, values: Values) -> Result | None:
+    """where, masked_fill, maximum, copy_: every entry is one of the operands'."""
+    operands = [v for n, v in zip(call.tensors, values, strict=True) if v is not None and n is not None and _is_float(n)]
+    if not operands:
+        return None
+    out = operands[0]
+    for value in operands[1:]:
+        out = zipped(lambda a, b: joined((a, b)), out, value, shape_of(call))
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        return [None if v is None else broadcast(context, call, n, d) for n, v in zip(call.tensors, values, strict=True)]
+
+    return out, pull
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.is_floating_point() and not _is_number(node)

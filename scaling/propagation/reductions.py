@@ -1,0 +1,80 @@
+"""Sums, means, norms and softmax over axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from scaling.graph import Call
+from scaling.orders import UNKNOWN, ZERO, Exponent, Pieces, State, joined, least, minus, plus, top
+from scaling.propagation.context import HALF, Context, Result, Rule, Values, largest, nothing
+from scaling.propagation.pointwise import positive, powered, unary
+
+__all__ = ["deviation", "extreme", "mean", "norm_of", "softmax", "summed", "variance"]
+
+
+def _reduced(context: Context, call: Call) -> Fraction:
+    """The power of d in the number of entries that a reduction takes together."""
+    node = call.tensors[0]
+    dims = context.dims(node) if node is not None else ()
+    which = call.get("dim", None)
+    gone = range(len(dims)) if which is None or which == [] else [which] if isinstance(which, int) else which
+    return sum((context.order(dims[i]) for i in gone), ZERO)
+
+
+def _summed(x: State, order: Fraction) -> State:
+    """A sum of d**order entries: √ of them where they are independent, all of what is common; a change is common."""
+    return State.of(top(plus(x.mean, order), plus(x.init, order * HALF)), plus(x.mean, order), plus(x.change, order), x.roots)
+
+
+def _reduce(shape: Callable[[State, Fraction], State], slope: Callable[[State, Fraction], Exponent]) -> Rule:
+    def rule(context: Context, call: Call, values: Values) -> Result | None:
+        x = values[0]
+        if x is None:
+            return None
+        order, state = _reduced(context, call), x.whole(joined)
+
+        def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+            return [Pieces.of(plus(d.whole(largest), slope(state, order))), *nothing(values[1:])]
+
+        return Pieces.of(shape(state, order)), pull
+
+    return rule
+
+
+def _mean_square(x: State, order: Fraction) -> State:
+    return powered(2)(x)[0]
+
+
+summed = _reduce(_summed, lambda x, k: ZERO)
+mean = _reduce(lambda x, k: _summed(x, k).scaled(-k), lambda x, k: -k)
+variance = _reduce(_mean_square, lambda x, k: minus(x.after, k))
+deviation = _reduce(lambda x, k: positive(x)[0], lambda x, k: -k)
+extreme = _reduce(lambda x, k: positive(x)[0], lambda x, k: ZERO)
+_norm = _reduce(lambda x, k: positive(x)[0].scaled(k * HALF), lambda x, k: -k * HALF)
+
+
+def norm_of(context: Context, call: Call, values: Values) -> Result | None:
+    """The 2-norm; any other only over axes that do not grow."""
+    kind = call.get("ord", call.get("p", 2))
+    return _norm(context, call, values) if kind in {None, 2} or _reduced(context, call) == 0 else None
+
+
+def softmax(context: Context, call: Call, values: Values) -> Result | None:
+    """Over a growing axis, 1/n each while its logits stay Θ(1); over any other, Θ(1)."""
+    x = values[0]
+    node = call.tensors[0]
+    if x is None or node is None:
+        return None
+    dims = context.dims(node)
+    order = context.order(dims[call.get("dim")]) if dims else ZERO
+
+    def curve(s: State) -> tuple[State, Exponent]:
+        if order and (s.after is None or s.after > 0):
+            return UNKNOWN, None
+        return State.of(-order, -order, plus(least(s.change, ZERO), -order), s.roots), -order
+
+    def log_curve(s: State) -> tuple[State, Exponent]:
+        return (State.of(top(s.init, ZERO), top(s.init, ZERO), s.change, s.roots), ZERO) if order == 0 else (UNKNOWN, None)
+
+    return unary(log_curve if "log" in call.name else curve)(context, call, values)
