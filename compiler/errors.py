@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from scaling.errors import ScalingError
 
-__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "NotAMatrix", "NotExpressible"]
+__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "NotAMatrix", "NotExpressible", "NotShardable"]
 
 
 class AlreadyCompiled(ScalingError):
@@ -45,6 +45,14 @@ class NotAMatrix(ScalingError, ValueError):
 
 class NotExpressible(ScalingError):
     """A rule that the chosen form of output has no words for."""
+
+    def __init__(self, weight: str, why: str, cure: str) -> None:
+        self.weight = weight
+        super().__init__(f"weight '{weight}' {why}\n  {cure}")
+
+
+class NotShardable(ScalingError, NotImplementedError):
+    """A way of lying over ranks in which a weight cannot be updated."""
 
     def __init__(self, weight: str, why: str, cure: str) -> None:
         self.weight = weight

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from compiler.coefficients import SCHEDULES
 from compiler.errors import BadOption
 from compiler.msign import iterate, ldexp, power_of_two, require_matrices
 
-__all__ = ["ritz", "spectral_norm", "spectral_normalize", "svc"]
+__all__ = ["Reduction", "ritz", "ritz_steps", "spectral_norm", "spectral_normalize", "start_of", "svc"]
 
 VECTORS = 16
 COLD, WARM = 8, 1
@@ -119,16 +121,37 @@ def ritz(A: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     Returns:
         The largest Ritz value as an estimate of σ₁ from below, (...); the k = min(16, m) best vectors, (..., m, k).
     """
+    steps = ritz_steps(lambda Q: A.mT @ Q, lambda Q: A @ Q, start_of(A, start), cold=start is None)
+    product = next(steps)
+    while True:
+        try:
+            product = steps.send(product)
+        except StopIteration as done:
+            return done.value
+
+
+Reduction = Generator[Tensor, Tensor, Any]
+"""Yields products, takes their sums over whoever holds a part of the matrix."""
+
+
+def start_of(A: Tensor, start: Tensor | None) -> Tensor:
+    """The block a Krylov space of A (..., m, n) starts from: random, or all but the last vector of an earlier block."""
     m = A.size(-2)
     generator = torch.Generator().manual_seed(0)  # the caller's random state is left alone
     block = torch.randn(m, min(VECTORS, m), generator=generator, dtype=torch.float64).to(A).expand(*A.shape[:-2], -1, -1)
-    if start is not None:
-        block = torch.cat([start[..., :-1].to(A), block[..., -1:]], -1)  # one fresh vector, for what start cannot see
+    if start is None:
+        return block
+    return torch.cat([start[..., :-1].to(A), block[..., -1:]], -1)  # one fresh vector, for what start cannot see
+
+
+def ritz_steps(down: Callable[[Tensor], Tensor], up: Callable[[Tensor], Tensor], block: Tensor, *, cold: bool) -> Reduction:
+    """`ritz` with the products Aᵀ·Q (`down`) and A·Q (`up`) left to the caller, who may hold a part of A and send back the sum."""
     krylov = [torch.linalg.qr(block)[0]]
-    for _ in range(COLD if start is None else WARM):
-        krylov.append(torch.linalg.qr(A @ (A.mT @ krylov[-1]))[0])
+    for _ in range(COLD if cold else WARM):
+        image = yield down(krylov[-1])
+        krylov.append(torch.linalg.qr((yield up(image)))[0])
     basis = torch.linalg.qr(torch.cat(krylov, -1))[0]
-    _, values, vectors = torch.linalg.svd(A.mT @ basis, full_matrices=False)
+    _, values, vectors = torch.linalg.svd((yield down(basis)), full_matrices=False)
     return values[..., 0], basis @ vectors.mT[..., : block.size(-1)]
 
 

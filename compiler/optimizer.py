@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from compiler.blocks import block_view, check_axes, covers, matrices, plain
 from compiler.coefficients import SCHEDULES
+from compiler.distributed import TRAVEL, Owned, Plan, Weight, over_any
 from compiler.errors import BadGradient, BadOption, NotAMatrix
+from compiler.exchange import Traffic
 from compiler.msign import msign, power_of_two
 from compiler.norms import ritz, spectral_normalize, svc
+from compiler.shards import Run, local, placements, sharding_of
 from compiler.updates import UPDATES, Direction, buffers_of, empty_buffer
 from scaling.errors import UnknownName
 
@@ -40,6 +45,7 @@ NEW_OPTIONS: dict[str, Any] = {
     "accuracy": "default",
     "strict": False,
     "nonfinite": "skip",
+    "travel": "auto",
     "maximize": False,
     "blocks": None,
 }
@@ -69,19 +75,31 @@ class SpectralOptimizer(Optimizer):
             "raise" raises before anything is changed.
         maximize: ascend.
         lr_scale, wd_scale, eps_scale, clip_scale: see above. norm_scale is read by `compiler.clip_grad_norm_`.
+        travel: how base updates and updates go between ranks under "msign" and "svc": "full", in working precision; "half", in fp16
+            with an exponent per matrix, which rounds every entry of both to 11 bits; "auto", "half" on CUDA, else "full".
+        process_group: a group whose ranks hold the same replicated weights (DDP) and share the work on their matrices: each is
+            mapped by one rank, whose update goes to the others. None: every rank maps all. Not kept by copy and pickle.
         blocks: None: under a map the weight is one (out, in) matrix. Else a list of dicts that partition the weight, each with
             its layout under "axes" (see `compiler.blocks`) and any of the options above.
 
     Every matrix of a block, one per copy, is mapped for itself; equal shapes, tall and wide, are batched over all weights.
     Gradients are only read. State: the buffers of the update, in the weight's dtype.
 
+    Over ranks: weights may be DTensors, as `torch.distributed.fsdp.fully_shard` (FSDP2, HSDP) and `distribute_tensor` make them,
+    in one Shard, of any axis, even or not, or Replicate. Make the optimizer after sharding. State is sharded like the weight, and
+    every rank's step must be taken together. "msign" and "svc": a matrix cut by a shard boundary travels to the rank with the least
+    to do, and its update back; strict "sn" too. "sn": only products with 16 vectors are summed. Weights without a matrix map are
+    updated in place. A gradient that only some ranks have counts as zero on the others; one spoilt on any rank skips the weight on all.
+
     Attributes:
+        traffic: bytes this rank has sent in all-to-alls and put into all-reduces.
         skipped: weight name (or "group.index") -> steps skipped for a gradient that was not finite; not part of the state dict.
 
     Raises:
         BadOption: for an option out of range.
         UnknownName: for an unknown name.
         NotAMatrix: for a weight under a map that is not a matrix.
+        NotShardable: for a weight that lies over ranks in a way that is not supported.
 
     >>> W = torch.nn.Parameter(torch.zeros(2, 2))
     >>> W.grad = torch.diag(torch.tensor([4.0, -1.0]))
@@ -92,6 +110,9 @@ class SpectralOptimizer(Optimizer):
     """
 
     skipped: dict[str, int]
+    traffic: Traffic
+    process_group: ProcessGroup | None
+    _plan: Plan | None
 
     def __init__(
         self,
@@ -109,6 +130,8 @@ class SpectralOptimizer(Optimizer):
         accuracy: str = "default",
         strict: bool = False,
         nonfinite: str = "skip",
+        travel: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         given = {
             "update": update,
@@ -122,13 +145,19 @@ class SpectralOptimizer(Optimizer):
             "accuracy": accuracy,
             "strict": strict,
             "nonfinite": nonfinite,
+            "travel": travel,
         }
         self.skipped = {}
+        self.traffic = Traffic()
+        self.process_group, self._plan = process_group, None
         super().__init__(params, {"lr": lr, **NEW_OPTIONS, **given})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("skipped", {})
+        self.__dict__.setdefault("traffic", Traffic())
+        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_plan", None)
         for name, default in NEW_OPTIONS.items():
             self.defaults.setdefault(name, default)
             for group in self.param_groups:
@@ -165,36 +194,63 @@ class SpectralOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: dict[tuple[Any, ...], list[_Piece]] = {}
+        plan = self.plan()
+        pieces: list[_Piece] = []
+        shared: dict[int, list[_Piece]] = {}
+        active: dict[int, dict[str, Any]] = {}
         for group, index, W in self._finite():
-            for piece in self._pieces(group, index, W):
-                if piece.o["map"] is None:
+            for piece in self._pieces(group, index, W, plan):
+                if piece.unit is not None:
+                    shared.setdefault(piece.unit, []).append(piece)
+                elif piece.o["map"] is None:
                     piece.direction().subtract_from_(piece.W, piece.lr)
                 else:
-                    batches.setdefault(piece.batch, []).append(piece)
-        for pieces in batches.values():
-            for chunk in _chunks(pieces):
-                _map_and_write(chunk)
+                    pieces.append(piece)
+            if plan is not None:
+                active[plan.position[W]] = self.state[W]
+        for piece, U in _mapped(pieces):
+            piece.W.add_(U.reshape(piece.W.shape), alpha=-piece.lr)
+        if plan is not None:
+            plan.update_(shared, active, _map_owned, self.traffic)
         return loss
 
+    def plan(self) -> Plan | None:
+        """Who maps what over ranks, and the bytes that travel; None if every weight is whole on every rank."""
+        if self.process_group is None and not any(isinstance(W, DTensor) for group in self.param_groups for W in group["params"]):
+            return None
+        named = [(group, self._name(group, i), W) for group in self.param_groups for i, W in enumerate(group["params"])]
+        weights = [Weight(position, name, W, group) for position, (group, name, W) in enumerate(named)]
+        if self._plan is None or not self._plan.fits(weights):
+            self._plan = Plan(weights, self.process_group, WORKSPACE)
+        return self._plan
+
     def _finite(self) -> list[tuple[dict[str, Any], int, Tensor]]:
-        """The weights with a gradient that is all finite; the others are counted or raised."""
-        found = [(g, i, W) for g in self.param_groups for i, W in enumerate(g["params"]) if W.grad is not None and W.numel() > 0]
-        sparse = [self._name(g, i) for g, i, W in found if W.grad.is_sparse]
+        """The weights with a gradient, on any rank, that is finite on all; the others are counted or raised."""
+        found = [(g, i, W) for g in self.param_groups for i, W in enumerate(g["params"]) if W.numel() > 0]
+        sparse = [self._name(g, i) for g, i, W in found if W.grad is not None and W.grad.is_sparse]
         if sparse:
             raise BadGradient(sparse, "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
-        if not found:
-            return found
-        largest = torch._foreach_norm([W.grad for _, _, W in found], ord=math.inf)  # pyright: ignore[reportPrivateImportUsage]
-        finite = torch.stack([norm.isfinite().to(largest[0].device) for norm in largest]).tolist()
-        bad = [(g, self._name(g, i)) for (g, i, _), fine in zip(found, finite, strict=True) if not fine]
-        if any(g["nonfinite"] == "raise" for g, _ in bad):
+        if astray := [self._name(g, i) for g, i, W in found if W.grad is not None and placements(W.grad) != placements(W)]:
+            raise BadGradient(astray, "over ranks placed unlike its weight:", "redistribute the gradient to its weight's placements")
+        present = [W.grad is not None for _, _, W in found]
+        checked = [k for k, (_, _, W) in enumerate(found) if W.grad is not None and local(W.grad).numel() > 0]
+        bad = [False] * len(found)
+        if checked:
+            largest = torch._foreach_norm([local(found[k][2].grad) for k in checked], ord=math.inf)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
+            finite = torch.stack([norm.isfinite().to(largest[0].device) for norm in largest]).tolist()
+            for k, fine in zip(checked, finite, strict=True):
+                bad[k] = not fine
+        if (plan := self.plan()) is not None:
+            flags = over_any([plan.weights[plan.position[W]] for _, _, W in found], present, bad, self.process_group)
+            present, bad = [some for some, _ in flags], [spoilt for _, spoilt in flags]
+        spoilt = [(g, self._name(g, i)) for (g, i, _), wrong in zip(found, bad, strict=True) if wrong]
+        if any(g["nonfinite"] == "raise" for g, _ in spoilt):
             raise BadGradient(
-                [name for _, name in bad], "NaN or Inf in the", "nothing was changed; nonfinite='skip' leaves such weights out"
+                [name for _, name in spoilt], "NaN or Inf in the", "nothing was changed; nonfinite='skip' leaves such weights out"
             )
-        for _, name in bad:
+        for _, name in spoilt:
             self.skipped[name] = self.skipped.get(name, 0) + 1
-        return [entry for entry, fine in zip(found, finite, strict=True) if fine]
+        return [entry for entry, some, wrong in zip(found, present, bad, strict=True) if some and not wrong]
 
     def _name(self, group: dict[str, Any], index: int) -> str:
         if "param_names" in group:
@@ -202,8 +258,8 @@ class SpectralOptimizer(Optimizer):
         position = next(i for i, other in enumerate(self.param_groups) if other is group)
         return f"{position}.{index}"
 
-    def _pieces(self, group: dict[str, Any], index: int, W: Tensor) -> Iterator[_Piece]:
-        """The parts of one weight that are updated for themselves, decay applied, state ready."""
+    def _pieces(self, group: dict[str, Any], index: int, W: Tensor, plan: Plan | None) -> Iterator[_Piece]:
+        """The parts of one weight that are updated for themselves here, decay applied, state ready."""
         state: dict[str, Any] = self.state[W]
         blocks = [{**group, **block} for block in group["blocks"] or ({},)]
         for name in dict.fromkeys(name for o in blocks for name in buffers_of(o)):
@@ -211,13 +267,23 @@ class SpectralOptimizer(Optimizer):
                 state[name] = empty_buffer(W)
         if any(o["update"] == "adam" for o in blocks):
             state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        grad = -W.grad if group["maximize"] else W.grad  # pyright: ignore[reportOptionalOperand]
+        here = local(W)
+        grad = torch.zeros_like(here) if W.grad is None else local(W.grad)
+        grad = -grad if group["maximize"] else grad
         for number, o in enumerate(blocks):
             o["step"] = state["step"].item() if "step" in state else 0
-            tensors = [W, grad, *(state[name] for name in buffers_of(o))]
+            tensors = [here, grad, *(local(state[name]) for name in buffers_of(o))]
             axes, sizes = o.get("axes", plain(W.shape) if o["map"] else ()), (1, 1, 1)
+            parts = plan.runs.get((plan.position[W], number)) if plan is not None else None
+            if parts is not None and plan is not None:
+                slots = plan.slots_of(plan.position[W], number, state)
+                for number_of_unit, run, unit in parts:
+                    views = [run.view(T) for T in tensors]
+                    buffers = dict(zip(buffers_of(o), views[2:], strict=True))
+                    yield _Piece(views[0], views[1], buffers, o, unit.sizes, slots, f"basis{number}", number_of_unit, run)
+                continue
             if o["map"] is not None or (axes and not covers(axes, W.shape)):
-                sizes = block_view(W, axes)[1]
+                sizes = block_view(here, axes)[1]
                 tensors = [block_view(T, axes)[0] for T in tensors]
             buffers = dict(zip(buffers_of(o), tensors[2:], strict=True))
             yield _Piece(tensors[0], tensors[1], buffers, o, sizes, state, f"basis{number}")
@@ -232,24 +298,14 @@ class _Piece:
     buffers: dict[str, Tensor]
     o: dict[str, Any]
     sizes: tuple[int, int, int]
-    state: dict[str, Any]
+    state: MutableMapping[str, Any]
     basis: str
+    unit: int | None = None
+    run: Run | None = None
 
     @property
     def lr(self) -> float:
         return float(self.o["lr"]) * self.o["lr_scale"]
-
-    @property
-    def tall(self) -> bool:
-        return self.sizes[1] > self.sizes[2]
-
-    @property
-    def batch(self) -> tuple[Any, ...]:
-        """What the pieces of one batch have in common."""
-        _, out, into = self.sizes
-        working = torch.promote_types(self.W.dtype, torch.float32)
-        options = (self.o["map"], self.o["accuracy"], self.o["strict"], self.basis in self.state)
-        return min(out, into), max(out, into), working, self.W.device, *options
 
     def direction(self) -> Direction:
         """Decay the weight, advance the buffers and return Φ."""
@@ -262,49 +318,76 @@ class _Piece:
         return UPDATES[self.o["update"]](G, self.buffers, self.o)
 
 
-def _chunks(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+_Mappable = _Piece | Owned
+
+
+def _tall(piece: _Mappable) -> bool:
+    return piece.sizes[1] > piece.sizes[2]
+
+
+def _batch(piece: _Mappable) -> tuple[Any, ...]:
+    """What the pieces of one batch have in common."""
+    _, out, into = piece.sizes
+    T = piece.W if isinstance(piece, _Piece) else piece.stack
+    options = (piece.o["map"], piece.o["accuracy"], piece.o["strict"], piece.basis in piece.state)
+    return min(out, into), max(out, into), torch.promote_types(T.dtype, torch.float32), T.device, *options
+
+
+def _chunks(pieces: Sequence[_Mappable]) -> Iterator[list[_Mappable]]:
     """The pieces in batches of at most WORKSPACE bytes, but at least one piece."""
-    chunk, used = [], 0
+    batches: dict[tuple[Any, ...], list[_Mappable]] = {}
     for piece in pieces:
-        size = piece.W.numel() * max(4, piece.W.element_size())
-        if chunk and used + size > WORKSPACE:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(piece)
-        used += size
-    yield chunk
+        batches.setdefault(_batch(piece), []).append(piece)
+    for batch in batches.values():
+        chunk, used = [], 0
+        for piece in batch:
+            size = math.prod(piece.sizes) * _batch(piece)[2].itemsize
+            if chunk and used + size > WORKSPACE:
+                yield chunk
+                chunk, used = [], 0
+            chunk.append(piece)
+            used += size
+        yield chunk
 
 
-def _map_and_write(pieces: list[_Piece]) -> None:
-    """W ← W - lr·map(Φ) for pieces of one batch; tall matrices go through transposed."""
-    working, name = pieces[0].batch[2], pieces[0].o["map"]
-    stacks = [matrices(piece.direction().tensor(), piece.sizes).to(working) for piece in pieces]
-    stack = torch.cat([stack.mT if piece.tall else stack for piece, stack in zip(pieces, stacks, strict=True)])
-    for piece, U in zip(pieces, MAPS[name](stack, pieces).split([piece.sizes[0] for piece in pieces]), strict=True):
-        piece.W.add_((U.mT if piece.tall else U).reshape(piece.W.shape), alpha=-piece.lr)
+def _mapped(pieces: Sequence[_Mappable]) -> Iterator[tuple[Any, Tensor]]:
+    """Each piece with map(Φ), batch by batch; tall matrices go through transposed."""
+    for chunk in _chunks(pieces):
+        working, name = _batch(chunk[0])[2], chunk[0].o["map"]
+        stacks = [
+            (matrices(piece.direction().tensor(), piece.sizes) if isinstance(piece, _Piece) else piece.stack).to(working) for piece in chunk
+        ]
+        stack = torch.cat([stack.mT if _tall(piece) else stack for piece, stack in zip(chunk, stacks, strict=True)])
+        for piece, U in zip(chunk, MAPS[name](stack, chunk).split([piece.sizes[0] for piece in chunk]), strict=True):
+            yield piece, U.mT if _tall(piece) else U
 
 
-def _msign(stack: Tensor, pieces: list[_Piece]) -> Tensor:
+def _map_owned(owned: list[Owned]) -> list[Tensor]:
+    done = {id(piece): U for piece, U in _mapped(owned)}
+    return [done[id(piece)] for piece in owned]
+
+
+def _msign(stack: Tensor, pieces: list[_Mappable]) -> Tensor:
     return msign(stack, accuracy=pieces[0].o["accuracy"])
 
 
-def _sn(stack: Tensor, pieces: list[_Piece]) -> Tensor:
+def _sn(stack: Tensor, pieces: list[_Mappable]) -> Tensor:
     if pieces[0].o["strict"]:
         return spectral_normalize(stack, strict=True)
     A, _, _ = power_of_two(stack)
     started = pieces[0].basis in pieces[0].state
     sigma, basis = ritz(A, torch.cat([piece.state[piece.basis] for piece in pieces]) if started else None)
     for piece, part in zip(pieces, basis.split([piece.sizes[0] for piece in pieces]), strict=True):
-        piece.state[piece.basis] = part.to(piece.W.dtype)
+        piece.state[piece.basis] = part.to(piece.W.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return A / sigma.where(sigma > 0, 1)[:, None, None]
 
 
-def _svc(stack: Tensor, pieces: list[_Piece]) -> Tensor:
+def _svc(stack: Tensor, pieces: list[_Mappable]) -> Tensor:
     scales = [piece.o["clip"] * piece.o["clip_scale"] for piece in pieces for _ in range(piece.sizes[0])]
     return svc(stack, torch.tensor(scales, dtype=torch.float64, device=stack.device))
 
 
-MAPS: dict[str, Callable[[Tensor, list[_Piece]], Tensor]] = {"msign": _msign, "sn": _sn, "svc": _svc}
+MAPS: dict[str, Callable[[Tensor, list[_Mappable]], Tensor]] = {"msign": _msign, "sn": _sn, "svc": _svc}
 """Name -> the map of a stack of matrices (B, m, n), m ≤ n."""
 
 
@@ -327,6 +410,7 @@ CHOICES: dict[str, Iterable[Any]] = {
     "map": (*MAPS, None),
     "accuracy": SCHEDULES,
     "nonfinite": ("skip", "raise"),
+    "travel": TRAVEL,
 }
 
 
@@ -337,6 +421,8 @@ def _check(group: dict[str, Any]) -> None:
     for name, W in zip(names, group["params"], strict=True):
         if not W.is_floating_point():
             raise NotAMatrix(W.shape, f"weight {name}, {W.dtype},", "only real floating point weights can be updated")
+        if group["blocks"] is not None or group["map"] is not None:
+            sharding_of(name, W)
         if group["blocks"] is None and group["map"] is not None and W.ndim != 2:
             raise NotAMatrix(
                 W.shape,
@@ -366,6 +452,6 @@ def _check_blocks(name: str, blocks: list[dict[str, Any]], W: Tensor) -> None:
     taken = 0
     for block in blocks:
         check_axes(block["axes"], W.shape)
-        taken += math.prod(block_view(W, block["axes"])[1])
+        taken += math.prod(stop - start for axis in block["axes"] for _, _, start, stop in axis)
     if taken != W.numel():
         raise BadOption("blocks", [block["axes"] for block in blocks], f"they hold {taken} of the {W.numel()} entries of weight {name}")
