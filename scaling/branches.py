@@ -10,7 +10,7 @@ from fractions import Fraction
 import sympy
 from torch import fx, nn
 
-from scaling.contractions import Fold, Selection, taken
+from scaling.contractions import Carrier, Fold, Selection, taken
 from scaling.graph import Call
 from scaling.limits import DEPTH
 from scaling.operators import rule_of
@@ -169,10 +169,10 @@ def folds_of(branches: list[Found]) -> Iterator[Fold]:
     """What the branches ask of the weights that carry their multipliers, once each."""
     done = set()
     for one in branches:
-        for weight, part in (one.carriers or {}) if not one.forward and one.rest != 1 else ():
+        for (weight, part), call in (one.carriers or {}).items() if not one.forward and one.rest != 1 else ():
             if (weight, part) not in done:
                 done.add((weight, part))
-                yield Fold(weight, part, one.rest, "branch")
+                yield Fold(Carrier(weight, call, part), one.rest, "branch")
 
 
 def _module(flow: Flow, node: fx.Node, model: nn.Module) -> str:

@@ -174,9 +174,11 @@ def _run(model: nn.Module, swapped: _Swapped, state: _State, args: Sequence[Any]
     inputs = _mapped(recorder.placeholder, (tuple(args), dict(kwargs)))
     with recorder, _module_paths(model, state.modules):
         output = model(*inputs[0], **inputs[1])
+    before: list[fx.Node] = []
     for old in [node for node in state.graph.nodes if node.op == "output"]:
+        before += old.all_input_nodes
         state.graph.erase_node(old)
-    results = tuple(dict.fromkeys(state.nodes[id(tensor)] for tensor in _tensors(output) if id(tensor) in state.nodes))
+    results = tuple(dict.fromkeys([*before, *(state.nodes[id(tensor)] for tensor in _tensors(output) if id(tensor) in state.nodes)]))
     node = state.graph.output(results)
     node.meta["val"] = tuple(result.meta["val"] for result in results)
 
@@ -211,6 +213,7 @@ class _Swapped:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.replacements: dict[int, Tensor] = {}
         self.attributes: dict[int, tuple[tuple[str, ...], bool, bool]] = {}
+        self.numbers: dict[int, float] = {}
         self._undo: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def __enter__(self) -> _Swapped:
@@ -230,6 +233,8 @@ class _Swapped:
                         vars(self.replacements[id(tensor)]).update(vars(tensor))  # what others keep on a weight (mup's infshape)
                     new = self.replacements[id(tensor)]
                     self.attributes[id(new)] = tuple(names.get(id(tensor), (name,))), is_weight, is_weight and tensor.requires_grad
+                    if not is_weight and tensor.numel() == 1 and tensor.is_floating_point() and not tensor.is_meta:
+                        self.numbers[id(new)] = float(tensor)  # a scale kept in a buffer
                     table[name] = new
         return self
 
@@ -257,15 +262,17 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.swapped, self.state, self.truth = swapped, state, truth
         self.fake = swapped.fake
+        self.inputs = 0
 
     # nodes of tensors
 
     def placeholder(self, tensor: Tensor) -> Tensor:
         is_float = tensor.is_floating_point() or tensor.is_complex()
         value = self.swapped.faked(tensor) if is_float else tensor.detach().to("cpu", copy=True)
-        index = sum(node.op == "placeholder" for node in self.state.graph.nodes)
-        if any(node.op != "placeholder" for node in self.state.graph.nodes):  # a second run: the same inputs again
-            return self._bind(value, self._attribute(f"input_{index}", value))
+        known = [node for node in self.state.graph.nodes if node.op == "placeholder"]
+        index, self.inputs = self.inputs, self.inputs + 1
+        if index < len(known):  # a second run: the same inputs again
+            return self._bind(value, known[index])
         return self._bind(value, self._described(self.state.graph.placeholder(f"input_{index}"), value))
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> Tensor:
@@ -305,7 +312,9 @@ class _Recorder(TorchDispatchMode):
             return seen
         names, is_weight, trainable = self.swapped.attributes.get(id(tensor), ((), False, False))
         node = self._attribute(names[0] if names else f"constant_{len(self.state.graph.nodes)}", tensor)
-        node.meta.update(names=names if is_weight else (), trainable=trainable, constant=not names)
+        node.meta.update(
+            names=names if is_weight else (), trainable=trainable, constant=not names, number=self.swapped.numbers.get(id(tensor))
+        )
         self._bind(tensor, node)
         return node
 

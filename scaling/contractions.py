@@ -7,7 +7,7 @@ folded into the init and learning rate of the nearest weight upstream, an exact 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import fx
 
 from scaling.graph import Call, LayerGraph, Size, operator_name
 from scaling.growth import Growth
+from scaling.limits import exponent
 from scaling.operators import SPLITS
 from scaling.records import Contraction
 from scaling.uses import Dot, is_linear
 
-__all__ = ["Fold", "Selection", "as_number", "folded", "taken"]
+__all__ = ["Carrier", "Fold", "Selection", "as_number", "folded", "taken", "taken_by", "upstream"]
 
 
 @dataclass(frozen=True)
@@ -33,49 +34,74 @@ class Selection:
     index: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """A weight (or the selected part of it) whose output is meant to be `target` times its usual size.
-
-    `quantity`: the field of a block that says so: "target" for a product's factor, "branch" for the multiplier of a residual branch.
-    """
+@dataclass(frozen=True)
+class Carrier:
+    """A weight (or the selected part of what it makes) at the call that uses it, whose scale is the scale of a value downstream."""
 
     weight: Call
+    call: Call
     selection: Selection | None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A carrier whose output is meant to be `target` times its usual size.
+
+    `quantity`: the field of a block that says so: "target", or "branch" for the multiplier of a residual branch, which is the weight's at
+    all its uses. `why` is said in the rule's notes.
+    """
+
+    carrier: Carrier
     target: sympy.Expr
     quantity: str = "target"
+    why: str = ""
 
 
-def folded(graph: LayerGraph, growth: Growth, dots: list[Dot]) -> tuple[list[Contraction], list[Fold]]:
-    """The contractions over growing axes, and what each asks of a weight upstream."""
+def folded(
+    graph: LayerGraph, growth: Growth, dots: list[Dot], size: Callable[[fx.Node], sympy.Expr]
+) -> tuple[list[Contraction], list[Fold]]:
+    """The contractions over growing axes, and what each asks of a weight upstream; `size` is that of an activation, in d."""
     contractions, folds = [], []
     for dot in dots:
         if not growth.grows(dot.dim):
             continue
         length = growth.of(dot.dim)
-        power = _power(_scalars(graph, dot), growth.axes.size(dot.dim))
-        rest = length ** (-1 - power)
-        found = _upstream(graph, dot.left, None) or _upstream(graph, dot.right, None) if rest != 1 else []
+        present = length ** _power(_scalars(graph, dot), growth.axes.size(dot.dim)) * size(dot.left) * size(dot.right)
+        rest = 1 / (length * present)
+        found = _carriers(graph, dot) if exponent(rest) != 0 else []
         contraction = Contraction(
             operator=dot.call.name,
             source=dot.call.source,
             dim=length,
-            present=length**power,
-            folded=tuple(dict.fromkeys(weight.names[0] for weight, _ in found or [])),
+            present=present,
+            folded=tuple(dict.fromkeys(carrier.weight.names[0] for carrier in found)),
         )
         contractions.append(contraction)
-        folds += [Fold(weight, selection, rest) for weight, selection in found or []]
+        calls = {carrier.call for carrier in found}
+        both = len(calls) > len({carrier.weight for carrier in found})
+        folds += [Fold(carrier, sympy.sqrt(rest) if both else rest) for carrier in found]
     return contractions, folds
 
 
-def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> list[tuple[Call, Selection | None]] | None:
-    """The weights whose scale is the scale of `node`; None if something on the way does not keep scales."""
+def _carriers(graph: LayerGraph, dot: Dot) -> list[Carrier]:
+    """The weights of the left factor, or of the right; of both if they are the same ones (two towers that share their weights)."""
+    left, right = upstream(graph, dot.left), upstream(graph, dot.right)
+    if left and right and {(c.weight, c.selection) for c in left} == {(c.weight, c.selection) for c in right}:
+        return list(dict.fromkeys(left + right))
+    return left or right or []
+
+
+def upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None = None, *, alone: bool = False) -> list[Carrier] | None:
+    """The weights whose scale is the scale of `node`; None if something on the way does not keep scales.
+
+    With `alone` also None if a value on the way is used elsewhere too.
+    """
     call = graph.calls[node]
     weights = [n for n in call.tensors if n is not None and n in graph.weight_only]
     data = [n for n in dict.fromkeys(call.tensors) if n is not None and n in graph.data]
     if node.op != "call_function":
         return None
-    own = [(next(iter(graph.made_of(weight))), selection) for weight in weights]
+    own = [Carrier(next(iter(graph.made_of(weight))), call, selection) for weight in weights]
     if weights and call.name not in {"aten.add", "aten.sub"}:
         return own
     if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):
@@ -83,7 +109,7 @@ def _upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None) -> 
     part = taken(call)
     out = own
     for source in data:
-        found = _upstream(graph, source, part or selection)
+        found = None if alone and len(source.users) > 1 else upstream(graph, source, part or selection, alone=alone)
         if found is None:
             return None
         out += found
@@ -130,10 +156,19 @@ def _scalars(graph: LayerGraph, dot: Dot) -> tuple[float, ...]:
         sizes = dot.call.values and [node.all_input_nodes[0].meta["val"].shape[-1] for node in dot.call.nodes]
         for i, (scale, size) in enumerate(zip(dot.call.over_widths("scale"), sizes, strict=True)):
             total[i] *= float(scale) if scale is not None else size**-0.5
-    for call in (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call)):
+    for call in _around(graph, dot):
         for i, number in enumerate(as_number(graph, call)):
             total[i] *= number
     return tuple(total)
+
+
+def taken_by(graph: LayerGraph, dots: list[Dot]) -> frozenset[fx.Node]:
+    """The calls whose numbers belong to a product of two activations."""
+    return frozenset(call.node for dot in dots for call in _around(graph, dot))
+
+
+def _around(graph: LayerGraph, dot: Dot) -> tuple[Call, ...]:
+    return (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call))
 
 
 def _up(graph: LayerGraph, node: fx.Node) -> Iterator[Call]:
@@ -172,6 +207,8 @@ def as_number(graph: LayerGraph, call: Call) -> tuple[float, ...]:
 def _as_float(value: Any) -> float | None:
     if isinstance(value, (int, float)):
         return float(value)
+    if isinstance(value, fx.Node) and value.meta.get("number") is not None:
+        return value.meta["number"]
     if isinstance(value, fx.Node) and value.op == "get_attr" and value.meta.get("constant"):
         tensor = value.meta["val"]
         if tensor.numel() == 1 and type(tensor) is torch.Tensor and not tensor.is_meta:

@@ -21,6 +21,7 @@ from scaling.initialised import init_only_note
 from scaling.inputs import made_up
 from scaling.records import Coverage, ScalingTable, Trace
 from scaling.rules import rules_of
+from scaling.scales import scales_of
 from scaling.uses import joined_axes, uses_of
 
 __all__ = ["derive"]
@@ -80,9 +81,10 @@ def derive(
     axes, without_rule = joined_axes(graph)
     uses, dots = uses_of(graph, axes)
     growth = growth_of(graph, axes, widths=widths, heads=heads, fixed=fixed, grows=grows)
-    contractions, folds = folded(graph, growth, dots)
+    scales = scales_of(graph, growth, uses, dots)
+    contractions, folds = folded(graph, growth, dots, scales.at)
     deep = None if depth is False else deepen(graph, uses, alpha_of(depth), models[0])
-    rules = rules_of(graph.weights, uses, growth, [*folds, *(deep.folds if deep else ())])
+    rules = rules_of(graph, uses, growth, [*folds, *scales.folds, *(deep.folds if deep else ())], scales.at)
     if deep is not None:
         rules = [deep.rule(rule) for rule in rules]
         notes += (*deep.residual.notes, *init_only_note(models[0], deep.residual, rules, growth.size))

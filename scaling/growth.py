@@ -16,7 +16,7 @@ import sympy
 
 from scaling.axes import Atom, Axes, Dim
 from scaling.errors import NoSuchAxis, UnknownName
-from scaling.graph import LayerGraph
+from scaling.graph import LayerGraph, Size
 from scaling.limits import WIDTH
 from scaling.records import AxisClass
 
@@ -38,12 +38,17 @@ ANCHORS = {
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """`of(dim)` is the length of an axis in d; `size` is d at the first width."""
+    """`of(dim)` is the length of an axis in d; `sizes` is d at every width."""
 
     axes: Axes
-    size: int
+    sizes: Size
     leaves: dict[Atom, sympy.Expr]
     classes: tuple[AxisClass, ...]
+
+    @property
+    def size(self) -> int:
+        """The value of d at the first width."""
+        return self.sizes[0]
 
     def of(self, dim: Dim) -> sympy.Expr:
         """The length of an axis, exact in d."""
@@ -101,7 +106,7 @@ def growth_of(
             expression = _proportional(atom.size[0], size) if choice[0] == "grows" else sympy.Integer(atom.size[0])
             reason = choice[1]
         leaves[atom], reasons[atom] = expression, (reason, axes.widths > 1 or choice is not None)
-    return Growth(axes=axes, size=size, leaves=leaves, classes=_classes(axes, weights, leaves, reasons))
+    return Growth(axes=axes, sizes=measured, leaves=leaves, classes=_classes(axes, weights, leaves, reasons))
 
 
 def _overrides(axes: Axes, weights: dict, override: Override | None, option: str) -> dict[Atom, tuple[str, str]]:

@@ -277,13 +277,11 @@ class _Linter:
         return 0.0 if part.init.zero or not any(part.init.std) else NOISE + 4 / (2 * part.init.count) ** 0.5
 
     def _moved(self, part: _Part, folded: sympy.Expr) -> tuple[float, float]:
-        """The powers of d by which multiplier·init_std and multiplier^(1+p)·lr are too large."""
+        """The powers of d by which multiplier·init_std and multiplier^(1+p)·lr are too large; `derive` has seen the forward's."""
         scale = 0.0
         if not part.init.zero:
-            values = [size * number for size, number in zip(part.init.size, part.numbers, strict=True)]
-            scale = deviation(self.widths, values, part.scale(folded)) if all(values) else 0.0
-        shift = 1 + DEGREES[part.family]
-        rates = [group.lr * number**shift for group, number in zip(part.groups, part.numbers, strict=True)]
+            scale = deviation(self.widths, part.init.size, part.scale(folded)) if all(part.init.size) else 0.0
+        rates = [group.lr for group in part.groups]
         return scale, deviation(self.widths, rates, part.rate(folded)) if all(rates) else 0.0
 
     def _mean(self, part: _Part) -> Iterator[Finding]:
@@ -381,10 +379,7 @@ class _Linter:
         if part.family != "adam" or not all(eps):
             return
         wanted = part.block.eps * folded / (part.block.multiplier * part.ratio)
-        entries = [
-            float(wanted.subs(dict.fromkeys(wanted.free_symbols, width))) * number * width**-multiplier
-            for width, number in zip(self.widths, part.numbers, strict=True)
-        ]
+        entries = [float(wanted.subs(dict.fromkeys(wanted.free_symbols, width))) * width**-multiplier for width in self.widths]
         ratios = [e / g for e, g in zip(eps, entries, strict=True)]
         power = slope(self.widths, ratios)
         if max(ratios) > NEGLIGIBLE and abs(power) > TOLERANCE:

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from scaling.contractions import _as_float, _down, _up, as_number
+from scaling.contractions import _as_float, as_number, taken_by
 from scaling.errors import CannotMeasure
 from scaling.graph import LayerGraph
 from scaling.limits import exponent
@@ -224,7 +224,7 @@ def multipliers(graph: LayerGraph, uses: Sequence[WeightUse], dots: Sequence[Dot
 
     Numbers on the way into or out of a product of two activations (q·k) belong to that product.
     """
-    taken = {call.node for dot in dots for call in (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call))}
+    taken = taken_by(graph, list(dots))
     out: dict[WeightUse, tuple[float, ...]] = {}
     for use in uses:
         numbers = [as_number(graph, graph.calls[node]) for node in _chain(graph, use.operand)]

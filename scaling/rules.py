@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product as combinations
 
 import sympy
+from torch import fx
 
 from scaling import optimizers
 from scaling.axes import Atom, Axes, Dim
 from scaling.contractions import Fold, Selection
 from scaling.errors import ConflictingUses, OurBug, TooManyGrowingAxes
-from scaling.graph import Call, Size
+from scaling.graph import Call, LayerGraph, Size
 from scaling.growth import Growth
 from scaling.limits import exponent
 from scaling.operators import rule_of
 from scaling.records import Block, Factor, Use, WeightRule
-from scaling.uses import Span, WeightUse
+from scaling.uses import Span, WeightUse, is_linear
 
 __all__ = ["rules_of"]
 
@@ -31,8 +33,10 @@ class _Cell:
     dim: Dim
 
 
-def rules_of(weights: tuple[Call, ...], uses: list[WeightUse], growth: Growth, folds: list[Fold]) -> list[WeightRule]:
-    """The rules of all trainable weights that are used.
+def rules_of(
+    graph: LayerGraph, uses: list[WeightUse], growth: Growth, folds: list[Fold], size: Callable[[fx.Node], sympy.Expr]
+) -> list[WeightRule]:
+    """The rules of all trainable weights that are used; `size` is that of an activation, in d.
 
     Raises:
         ConflictingUses: if uses of a tied weight cannot be reconciled.
@@ -46,15 +50,39 @@ def rules_of(weights: tuple[Call, ...], uses: list[WeightUse], growth: Growth, f
     }
     folds_of: dict[Call, list[Fold]] = {}
     for fold in folds:
-        folds_of.setdefault(fold.weight, []).append(fold)
+        folds_of.setdefault(fold.carrier.weight, []).append(fold)
+    given = {use: _given(use, graph, size) for use in uses}
     return [
-        _rule(call, by_weight[call], growth, folds_of.get(call, []), undone)
-        for call in weights
+        _rule(call, by_weight[call], growth, folds_of.get(call, []), undone, given)
+        for call in graph.weights
         if call in by_weight and call.node.meta["trainable"]
     ]
 
 
-def _rule(call: Call, uses: list[WeightUse], growth: Growth, folds: list[Fold], undone: set[tuple[int, ...]]) -> WeightRule:
+def _given(use: WeightUse, graph: LayerGraph, size: Callable[[fx.Node], sympy.Expr]) -> sympy.Expr:
+    """The RMS size of what a use is given."""
+    return sympy.Mul(*(size(node) for node in dict.fromkeys(use.call.tensors) if node is not None and node in graph.data))
+
+
+def _sized(block: Block, use: WeightUse, given: sympy.Expr, folds: list[Fold]) -> Block:
+    """The block with the sizes of its input and output: a sum makes up for its input's, what is added has it, a gain hands it on."""
+    parts = {span.part for axis in use.spans for span in axis}
+    sums = bool(parts & {"in", "out"})
+    target = sympy.Mul(*(fold.target for fold in folds if fold.quantity == "target" and fold.carrier.call is use.call))
+    if "add" in parts and not sums and is_linear(use.call):
+        target *= given
+    branch = sympy.Mul(*(fold.target for fold in folds if fold.quantity == "branch"))
+    return block.model_copy(update={"input_scale": given if sums else sympy.Integer(1), "target": target, "branch": branch})
+
+
+def _rule(
+    call: Call,
+    uses: list[WeightUse],
+    growth: Growth,
+    folds: list[Fold],
+    undone: set[tuple[int, ...]],
+    given: dict[WeightUse, sympy.Expr],
+) -> WeightRule:
     dims = growth.axes.dims[call.node]
     lengths = tuple(growth.of(dim) for dim in dims)
     growing = sum(growth.grows(dim) for dim in dims)
@@ -67,18 +95,17 @@ def _rule(call: Call, uses: list[WeightUse], growth: Growth, folds: list[Fold], 
         if not covering:
             message = f"no use covers a block of {call.names[0]}"
             raise OurBug(message)
-        maps = [_map(use, cells, dims, growth) for use in covering]
-        carried = {"target": sympy.Integer(1), "branch": sympy.Integer(1)}
-        for fold in folds:
-            if _selected(fold.selection, [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]):
-                carried[fold.quantity] *= fold.target
-        blocks.append(maps[0].model_copy(update=carried))
+        taken = [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]
+        here = [fold for fold in folds if _selected(fold.carrier.selection, taken)]
+        maps = [_sized(_map(use, cells, dims, growth), use, given[use], here) for use in covering]
+        blocks.append(maps[0])
+        notes |= dict.fromkeys(fold.why for fold in here if fold.why)
         for use, multiplier in zip(covering, _multipliers(call, maps, covering), strict=True):
             m = maps[covering.index(use)]
             described.setdefault(
                 id(use),
                 Use(operator=use.call.name, source=use.call.source, fan_in=m.fan_in, fan_out=m.fan_out, copies=m.copies,
-                    multiplier=multiplier, lookup=m.lookup, **carried),
+                    multiplier=multiplier, input_scale=m.input_scale, target=m.target, branch=m.branch, lookup=m.lookup),
             )  # fmt: skip
             if multiplier != 1:
                 notes[f"tied: its use at {use.call.source} is multiplied by {multiplier}"] = None

@@ -259,17 +259,17 @@ def body(d, **more):
 
 X = torch.zeros(4, 16)
 MINUS_HALF = sympy.Rational(-1, 2)
-ARCHITECTURES = {  # THEORY 6.5 and section 5: forward, parts besides `stem`, (init, change) of `out`
+ARCHITECTURES = {  # THEORY 6.5 and section 5: forward, parts besides `stem`, (init, change) of `out` by the derived rules
     "linear after F.normalize": (
         lambda m, x: m.out(F.normalize(m.stem(x), dim=-1)),
         lambda d: {"out": linear(d, d)},
-        (MINUS_HALF, MINUS_HALF),
+        (0, 0),
     ),
-    "sum over width of relu features": (lambda m, x: m.out(F.relu(m.stem(x)).sum(-1, True)), lambda d: {"out": linear(1, 10)}, (1, 1)),
+    "sum over width of relu features": (lambda m, x: m.out(F.relu(m.stem(x)).sum(-1, True)), lambda d: {"out": linear(1, 10)}, (0, 0)),
     "sum over width of zero-mean features": (
         lambda m, x: m.out(m.stem(x).sum(-1, True)),
         lambda d: {"out": linear(1, 10)},
-        (-MINUS_HALF, 1),
+        (MINUS_HALF, 0),
     ),
     "mean over width": (lambda m, x: m.out(m.stem(x).mean(-1, True)), lambda d: {"out": linear(1, 10)}, (MINUS_HALF, 0)),
     "router": (lambda m, x: m.out(torch.tanh(m.stem(x))), lambda d: {"out": linear(d, 8)}, (MINUS_HALF, 0)),

@@ -1,0 +1,206 @@
+"""How large the activations are in d where the rules hold: what a model's own forward multiplies, normalizes and sums.
+
+Every map is meant to give values of size Θ(1) (THEORY 1.2, 1.7 step 4). A number the forward multiplies by (an embedding times √d, logits
+over d) is made up for in the init and learning rates of the map before it, an exact abc shift; where no map comes before, as after
+`F.normalize`, the map after it is told the size of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import sympy
+from torch import fx
+
+from scaling.contractions import Carrier, Fold, as_number, taken_by, upstream
+from scaling.graph import Call, LayerGraph
+from scaling.growth import Growth
+from scaling.limits import WIDTH, exponent
+from scaling.operators import rule_of
+from scaling.uses import Dot, WeightUse
+
+__all__ = ["Scales", "scales_of"]
+
+ONE = sympy.Integer(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """`of` has the size of every activation that is not Θ(1); `folds` what weights make up for."""
+
+    of: dict[fx.Node, sympy.Expr] = field(default_factory=dict)
+    folds: list[Fold] = field(default_factory=list)
+
+    def at(self, node: fx.Node) -> sympy.Expr:
+        """The RMS size of a value, in d."""
+        return self.of.get(node, ONE)
+
+
+def scales_of(graph: LayerGraph, growth: Growth, uses: list[WeightUse], dots: list[Dot]) -> Scales:
+    """The sizes of all activations, if every map but those of `folds` gives values of size Θ(1)."""
+    return _Sizes(graph, growth, uses, dots).run()
+
+
+class _Sizes:
+    def __init__(self, graph: LayerGraph, growth: Growth, uses: list[WeightUse], dots: list[Dot]) -> None:
+        self.graph, self.growth = graph, growth
+        self.uses: dict[fx.Node, list[WeightUse]] = {}
+        for use in uses:
+            self.uses.setdefault(use.call.node, []).append(use)
+        self.dots = {dot.call.node for dot in dots if growth.grows(dot.dim)}
+        self.taken = taken_by(graph, dots)
+        self.scales = Scales()
+
+    def run(self) -> Scales:
+        for use in (use for uses in self.uses.values() for use in uses):
+            self._on_the_weight(use)
+        for node, call in self.graph.calls.items():
+            if node in self.graph.data and node.op == "call_function":
+                size = self._size(call)
+                if size != 1 and exponent(size) != 0:
+                    self.scales.of[node] = size
+        return self.scales
+
+    def _size(self, call: Call) -> sympy.Expr:
+        maps = [
+            use for use in self.uses.get(call.node, ()) if any(span.part in {"in", "lookup", "out"} for axis in use.spans for span in axis)
+        ]
+        if maps or call.node in self.dots:
+            return ONE
+        inputs = [self.scales.at(node) for node in call.tensors if node is not None and node in self.graph.data]
+        number = self._number(call)
+        if number != 1 and inputs:
+            return ONE if inputs[0] == 1 and self._made_up_for(call, number) else inputs[0] * number
+        rule = SIZES.get(call.name)
+        if rule is not None:
+            return rule(self, call, inputs)
+        operator = rule_of(call)
+        keeps = operator is not None and (operator.linear or operator.moves is not None)
+        return max(inputs, key=exponent) if inputs and keeps else ONE
+
+    def _number(self, call: Call) -> sympy.Expr:
+        """The number a call multiplies by, where it depends on the width."""
+        numbers = as_number(self.graph, call)
+        if call.node in self.taken or all(number == 1 for number in numbers):
+            return ONE  # most calls: no path is looked for
+        return self._law(numbers, call, [carrier.weight for carrier in upstream(self.graph, call.node) or ()])
+
+    def _on_the_weight(self, use: WeightUse) -> None:
+        """Numbers that multiply the weight itself, before it meets data."""
+        node = use.operand
+        while not self.graph.calls[node].names:
+            call = self.graph.calls[node]
+            law = self._law(as_number(self.graph, call), call, [use.weight])
+            if law != 1:
+                why = f"makes up for the factor {law} at {call.source}"
+                self.scales.folds.append(Fold(Carrier(use.weight, use.call, None), 1 / law, why=why))
+            node = next((n for n in node.all_input_nodes if n in self.graph.weight_only), use.weight.node)
+
+    def _made_up_for(self, call: Call, number: sympy.Expr) -> bool:
+        """Whether maps that feed nothing else come before: they make up for the number."""
+        carriers = upstream(self.graph, call.node, alone=True) or []
+        if not carriers or not all(self._is_map(carrier.weight, carrier.call) for carrier in carriers):
+            return False
+        why = f"makes up for the factor {number} at {call.source}"
+        self.scales.folds.extend(Fold(carrier, 1 / number, why=why) for carrier in carriers)
+        return True
+
+    def _is_map(self, weight: Call, call: Call) -> bool:
+        """Whether a weight is more there than a gain: a constant that it starts at would have to move with the fold."""
+        spans = [axis for use in self.uses.get(call.node, ()) if use.weight is weight for axis in use.spans]
+        return any(span.part != "copy" for axis in spans for span in axis)
+
+    def _law(self, numbers: tuple[float, ...], call: Call, weights: list[Call]) -> sympy.Expr:
+        """The number as an expression in d: a power of d through its values, or of an axis at hand if there is one width only."""
+        sizes = self.growth.sizes
+        if all(number == 1 for number in numbers):
+            return ONE
+        if len(set(sizes)) > 1 and len(numbers) == len(sizes):
+            i, j = sizes.index(min(sizes)), sizes.index(max(sizes))
+            for power in POWERS:
+                if abs(numbers[j] / numbers[i] / (sizes[j] / sizes[i]) ** float(power) - 1) < 1e-3:
+                    return _exact(abs(numbers[0]) / sizes[0] ** float(power)) * WIDTH**power
+            return ONE
+        dims = [dim for node in (call.node, *(weight.node for weight in weights)) for dim in self.growth.axes.dims.get(node, ())]
+        for dim in dims:
+            if self.growth.grows(dim):
+                length = self.growth.axes.size(dim)[0]
+                for power in POWERS:
+                    if abs(abs(numbers[0]) / length ** float(power) - 1) < 1e-6:
+                        return self.growth.of(dim) ** power
+        return ONE
+
+
+POWERS: tuple[sympy.Expr, ...] = tuple(sympy.Rational(n, 2) for n in (-1, 1, -2, 2, -3, 3, -4, 4))
+
+
+def _exact(value: float) -> sympy.Expr:
+    """A constant factor: the root of a fraction."""
+    square = Fraction(value**2).limit_denominator(10**8)
+    return sympy.sqrt(sympy.Rational(square.numerator, square.denominator)) if square else ONE
+
+
+# how operators change sizes; whatever is linear or only moves values keeps them, all else gives Θ(1)
+
+Rule = Callable[["_Sizes", Call, list[sympy.Expr]], sympy.Expr]
+
+
+def _power(power: sympy.Expr) -> Rule:
+    def rule(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+        return inputs[0] ** power if inputs else ONE
+
+    return rule
+
+
+def _to_the(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    power = call.get("exponent")
+    return inputs[0] ** sympy.Rational(Fraction(power).limit_denominator(12)) if inputs and isinstance(power, (int, float)) else ONE
+
+
+def _product(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    return sympy.Mul(*inputs)
+
+
+def _quotient(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    first = call.tensors[0]
+    if len(inputs) == 2:
+        return inputs[0] / inputs[1]
+    return sympy.Mul(*inputs) if first in sizes.graph.data else 1 / sympy.Mul(*inputs)
+
+
+def _reduced(power: sympy.Expr) -> Rule:
+    """Over n growing entries: nᵖ times their size."""
+
+    def rule(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+        source = call.tensors[0]
+        dims = sizes.growth.axes.dims.get(source, ()) if source is not None else ()
+        which = call.get("dim", None)
+        gone = range(len(dims)) if which in (None, []) else [which] if isinstance(which, int) else which
+        return sympy.Mul(*inputs[:1], *(sizes.growth.of(dims[i]) ** power for i in gone if dims and sizes.growth.grows(dims[i])))
+
+    return rule
+
+
+def _first(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    return inputs[0] if inputs else ONE
+
+
+HALF: sympy.Expr = sympy.Rational(1, 2)
+SIZES: dict[str, Rule] = {
+    **{f"aten.{name}": _product for name in ("mul", "multiply", "matmul", "bmm", "mm", "einsum")},
+    **{f"aten.{name}": _quotient for name in ("div", "divide", "true_divide")},
+    **{f"aten.{name}": _reduced(HALF) for name in ("linalg_vector_norm", "norm")},
+    **{
+        f"aten.{name}": _first for name in ("relu", "leaky_relu", "abs", "clamp", "clamp_min", "maximum", "minimum", "masked_fill", "where")
+    },
+    **{f"aten.{name}": _first for name in ("var", "std", "amax", "amin", "max", "min", "mean")},
+    "aten.sum": _reduced(ONE),
+    "aten.square": _power(sympy.Integer(2)),
+    "aten.sqrt": _power(HALF),
+    "aten.rsqrt": _power(-HALF),
+    "aten.reciprocal": _power(sympy.Integer(-1)),
+    "aten.pow": _to_the,
+}
+"""Operator -> the size of its value from the sizes of its inputs."""
