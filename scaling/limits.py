@@ -30,7 +30,7 @@ _FUNCTIONS: dict[str, Callable] = {"sqrt": sympy.sqrt, "Min": sympy.Min, "Max": 
 def exact(value: object) -> sympy.Expr:
     """An exact expression in d, from a sympy expression, an int or the text that `str` of an expression gives.
 
-    Text is parsed by a small grammar (numbers, names, + - * / **, sqrt, Min, Max), never evaluated.
+    Text is parsed by a small grammar (numbers, oo, names, + - * / **, sqrt, Min, Max), never evaluated.
 
     Raises:
         ValueError: on a float, which is not exact, or on any other text.
@@ -51,6 +51,8 @@ def _parse(node: ast.expr, text: str) -> sympy.Expr:
     match node:
         case ast.Constant(value=int(number)):
             return sympy.Integer(number)
+        case ast.Name(id="oo"):
+            return sympy.oo
         case ast.Name(id=name):
             return sympy.Symbol(name, positive=True)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:

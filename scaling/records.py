@@ -431,6 +431,11 @@ class ScalingTable(Record):
             raise NoGraph(self.model)
         return self._trace
 
+    @property
+    def traced(self) -> bool:
+        """Whether the table was derived in this process, so that its graph is at hand."""
+        return self._trace is not None
+
     def __eq__(self, other: object) -> bool:
         """Equal rules are equal tables, wherever they were derived or read."""
         return isinstance(other, ScalingTable) and all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields)

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import sympy
-from pydantic import BeforeValidator, PlainSerializer, ValidationError
+from pydantic import ValidationError
 
+from scaling.departures import Departure, Step
 from scaling.errors import FormatError
 from scaling.formats import LATEX
-from scaling.limits import WIDTH, exact, leading
+from scaling.limits import WIDTH, leading
 from scaling.notation import formula
 from scaling.parametrizations import class_of
 from scaling.records import Exact, Record
 from scaling.regimes import REGIMES
 
-__all__ = ["STATEMENTS", "Obligation", "Statement", "Verdict"]
-
-
-def _power(value: object) -> sympy.Expr:
-    return {"oo": sympy.oo, "-oo": -sympy.oo}.get(str(value)) or exact(value)
-
-
-Power = Annotated[sympy.Expr, BeforeValidator(_power), PlainSerializer(str, return_type=str)]
+__all__ = ["STATEMENTS", "Departure", "Obligation", "Statement", "Verdict"]
 
 
 class Statement(NamedTuple):
@@ -76,7 +70,7 @@ class Obligation(Record):
     rhs: Exact | None
     proven: bool
     by: str
-    excess: Power = sympy.Integer(0)
+    excess: Exact = sympy.Integer(0)
     names: tuple[str, ...] = ()
     where: str = ""
     cure: str = ""
@@ -86,6 +80,7 @@ class Verdict(Record):
     """Whether a parametrization is equivalent to another: true iff every obligation is proven.
 
     `verdict` is its own regime, a name of `scaling.regimes.REGIMES`, and `r` the power of 1/d by which features move less than in muP.
+    `departures`: where it fails, the first value of the model that blows up and the first that vanishes.
     """
 
     model: str
@@ -93,9 +88,10 @@ class Verdict(Record):
     against: str
     optimizer: str
     verdict: str
-    r: Power
+    r: Exact
     weights: int
     obligations: tuple[Obligation, ...]
+    departures: tuple[Departure, ...] = ()
 
     def __bool__(self) -> bool:
         return all(one.proven for one in self.obligations)
@@ -107,9 +103,9 @@ class Verdict(Record):
 
     @property
     def cures(self) -> tuple[str, ...]:
-        """One line per fault: of which weights, what is missing, what it does, where."""
+        """One line per fault: of which weights, what is missing, what it does, where; ε and decay come last."""
         faults: dict[str, list[Obligation]] = {}
-        for one in self.failed:
+        for one in sorted(self.failed, key=lambda one: one.name.removeprefix("same ") in {"epsilon", "decay"}):
             faults.setdefault(one.cure or f"{one.name} does not hold: {one.by}", []).append(one)
         return tuple(_fault(cure, group) for cure, group in faults.items())
 
@@ -150,6 +146,7 @@ class Verdict(Record):
         out = [_sentence(self.claim), f"  {REGIMES[self.verdict]}; r = {self.r}", f"  {self.count}"]
         if self.cures:
             out += ["What is wrong", *(f"  {line}" for line in self.cures)]
+        out += [line for one in self.departures for line in _departure(one)]
         out += ["Updates", *(f"  {line}" for line in self.assumes), "Obligations (≍: the ratio tends to a constant)"]
         out += [f"  {name.removeprefix('same ')}: {STATEMENTS[name].text}" for name in dict.fromkeys(one.name for one in self.obligations)]
         for weight, obligations in _by_weight(self.obligations):
@@ -160,6 +157,10 @@ class Verdict(Record):
         """The proof as GitHub-flavoured Markdown."""
         out = [f"**{_sentence(self.claim)}**", "", f"{REGIMES[self.verdict]}; r = {self.r}. {self.count}.", ""]
         out += [f"- {line}" for line in self.cures] + [""] * bool(self.cures)
+        for one in self.departures:
+            steps = (f"`{step.source.code}` {step.where}: {step.name}, {step.sizes}" for step in one.path)
+            out += [f"{_sentence(one.headline)}. {SIZES}:", "", *(f"{i}. {step}" for i, step in enumerate(steps, 1)), ""]
+            out += [f"Cure: {one.cure}", ""] if one.cure else []
         out += [f"- updates, {line}" for line in self.assumes]
         out += [f"- *{name}*: {STATEMENTS[name].text}" for name in dict.fromkeys(one.name for one in self.obligations)]
         out += ["", "| weight | obligation | left | right | proven | by |", "|---|---|---|---|---|---|"]
@@ -176,6 +177,14 @@ class Verdict(Record):
         out = [rf"\noindent\textbf{{{title}.}} {claim}. Its regime: {regime}; $r = {sympy.latex(self.r)}$."]
         if self.cures:
             out += ["", r"\medskip\noindent\textbf{What is wrong.}", *_items(map(_words, self.cures))]
+        for one in self.departures:
+            steps = (
+                rf"\texttt{{{_words(step.source.code)}}} ({_words(step.where)}): {_words(step.name)}, "
+                f"{_words(step.sizes)}"
+                for step in one.path
+            )
+            cure = [rf"Cure: {_words(one.cure)}."] if one.cure else []
+            out += ["", rf"\medskip\noindent\textbf{{{_words(_sentence(one.headline))}.}} {SIZES}:", *_items(steps), *cure]
         legend = [rf"\emph{{{_words(name)}}}: ${STATEMENTS[name].latex}$" for name in dict.fromkeys(one.name for one in self.obligations)]
         out += [
             "",
@@ -217,6 +226,18 @@ class Verdict(Record):
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
+
+def _departure(one: Departure) -> list[str]:
+    """Its headline, its path with the sizes along it, its cure."""
+    cure = [f"  cure: {one.cure}"] if one.cure else []
+    return [_sentence(one.headline), *(f"  {_step(step)}" for step in one.path), *cure]
+
+
+def _step(step: Step) -> str:
+    return f"{step.where}  {step.name}  ({step.sizes})  {step.source.code}"
+
+
+SIZES = "The path to it, with the size of each value at init and of its change"
 
 SHOWN = 4  # weights of one fault that are named before "and 9 more"
 

@@ -14,6 +14,7 @@ from pathlib import PurePath
 import sympy
 
 from scaling import optimizers
+from scaling.departures import Departure, departures
 from scaling.errors import ScalingError, UnknownName
 from scaling.folding import fold, template
 from scaling.limits import WIDTH, exact, leading
@@ -72,6 +73,7 @@ def verify(
     obligations = [one for case in cases for one in (_same(case) if other is not None else _spectral(case, regime.r))]
     obligations += [one for one, _ in products if other is None]
     obligations += [_unreached(name) for name in own.coverage.unreached]
+    failed = [one for one in obligations if not one.proven]
     return Verdict(
         model=own.model,
         parametrization=subject.name if isinstance(subject, Parametrization) else "the scaling table",
@@ -81,7 +83,23 @@ def verify(
         r=regime.r,
         weights=len(own),
         obligations=tuple(obligations),
+        departures=_departures(own, subject, laws, reference, other, family, failed),
     )
+
+
+def _departures(
+    table: ScalingTable, subject: object, laws: dict, against: object, other: dict | None, family: str, failed: list[Obligation]
+) -> tuple[Departure, ...]:
+    """Where a failure shows first in the model; nothing if the table has no graph, having been read from JSON."""
+    if not failed or not table.traced:
+        return ()
+
+    def one(given: object, laws: dict) -> Parametrization:
+        ties = {rule.name: tuple(_ratios(given, rule)) for rule in table if len(rule.uses) > 1}
+        return Parametrization(name="", family=family, laws=laws, ties=ties)
+
+    wanted = one(against, other) if other is not None else parametrization(table, "spectral", family)
+    return departures(table, one(subject, laws), wanted, failed)
 
 
 # --- what is compared ---------------------------------------------------------------------------------------------------------------
