@@ -204,7 +204,7 @@ def _weights(trace: Trace, route: list[fx.Node]) -> list[tuple[str, ...]]:
 def _cure(value: FlowValue, weights: list[tuple[str, ...]], failed: Sequence[Obligation], when: str, *, grows: bool) -> str:
     """The cure of what fails nearest to a value: of its own product of activations, or of the last weight before it."""
     where = f"{PurePath(value.source.file).name}:{value.source.line}"
-    sized = [one for one in failed if one.cure and one.name.removeprefix("same ") not in {"epsilon", "decay"}]
+    sized = [one for one in failed if one.cure and one.name.removeprefix("same ") not in {"epsilon", "decay", "clip"}]
     near = [[one for one in sized if one.name == "contraction" and one.where == where]]
     near += [[one for one in sized if set(names) & set(one.names)] for names in weights]
     near.append(sized)  # above it, where its gradient comes from

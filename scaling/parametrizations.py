@@ -208,7 +208,8 @@ def _published(name: str, block: Block, family: str) -> Law:
         lr = _value(column.sgd if found is GRADIENT else column.adam, block)
     else:
         lr = ONE if name == "standard" else found.rate(plain, sigma)
-    return Law(multiplier=plain.multiplier, init_std=sigma, lr=lr, eps=optimizers.epsilon(plain), weight_decay=1 / lr)
+    eps, clip = optimizers.epsilon(plain), 1 / gradient_norm(plain)
+    return Law(multiplier=plain.multiplier, init_std=sigma, lr=lr, eps=eps, weight_decay=1 / lr, clip=clip)
 
 
 def _plain(block: Block, multiplier: sympy.Expr) -> Block:
@@ -221,18 +222,20 @@ def _folding(name: str, block: Block, family: str) -> Law:
     law = _published(name, block, family)
     moved = shifted(law, block.input_scale / (block.target * block.branch), family)
     lr = moved.lr * block.share / block.gradient ** class_of(family).degree
-    return moved.model_copy(update={"multiplier": law.multiplier, "lr": lr, "eps": moved.eps * block.gradient, "weight_decay": 1 / lr})
+    gradient = {"eps": moved.eps * block.gradient, "clip": moved.clip / block.gradient}
+    return moved.model_copy(update={"multiplier": law.multiplier, "lr": lr, "weight_decay": 1 / lr, **gradient})
 
 
 def spectral(block: Block, family: str) -> Law:
     """The scaling table's own formulas (Su 2025; Yang et al. 2023, arXiv 2310.17813)."""
     lr = block.lr[family] if family in block.lr else class_of(family).rate(block, block.init_std)
-    return Law(multiplier=block.multiplier, init_std=block.init_std, lr=lr, eps=block.eps, weight_decay=1 / lr)
+    clip = 1 / gradient_norm(block)
+    return Law(multiplier=block.multiplier, init_std=block.init_std, lr=lr, eps=block.eps, weight_decay=1 / lr, clip=clip)
 
 
 def standard(block: Block, family: str) -> Law:
     """Torch's habit: σ = 1/√fan_in, and one lr, ε and λ for all weights."""
-    return _published("standard", block, family).model_copy(update={"eps": ONE, "weight_decay": ONE})
+    return _published("standard", block, family).model_copy(update={"eps": ONE, "weight_decay": ONE, "clip": ONE})
 
 
 def ntk(block: Block, family: str) -> Law:
@@ -359,7 +362,7 @@ def shifted(law: Law, theta: sympy.Expr, family: str | sympy.Rational = "adam", 
     """The same dynamics, at every width and step, with the multiplier times θ: the abc shift.
 
     m·θ, σ/θ, η/θ^(1+p), ε·θ, and λ·η_old/η_new (Yang et al. 2022, arXiv 2203.03466, lemma J.1; Yang & Hu 2021, arXiv 2011.14522, eq. 5).
-    A scale that an optimizer puts on its gradient's singular values (SVC) goes with 1/θ, like σ.
+    The scale that SVC puts on its gradient's singular values goes with 1/θ, like σ.
 
     Args:
         law: the law before.
@@ -371,7 +374,7 @@ def shifted(law: Law, theta: sympy.Expr, family: str | sympy.Rational = "adam", 
         UnknownName: for an unknown optimizer or decay.
 
     >>> shifted(Law(init_std=ONE, lr=ONE), sympy.Integer(4), "sgd")
-    Law(multiplier=4, init_std=1/4, lr=1/16, eps=4, weight_decay=16)
+    Law(multiplier=4, init_std=1/4, lr=1/16, eps=4, weight_decay=16, clip=1/4)
     """
     if decay not in DECAYS:
         raise UnknownName("kind of weight decay", decay, DECAYS)
@@ -382,6 +385,7 @@ def shifted(law: Law, theta: sympy.Expr, family: str | sympy.Rational = "adam", 
         lr=law.lr / rates,
         eps=law.eps * theta,
         weight_decay=law.weight_decay * DECAYS[decay](theta, rates),
+        clip=law.clip / theta,
     )
 
 

@@ -294,7 +294,7 @@ class Law(Record):
     """What a parametrization does to one block of a weight, exact in d, for one optimizer family.
 
     W_effective = `multiplier`·w, w ~ N(0, `init_std`²) (None: starts at zero), learning rate `lr`, Adam's ε `eps`, lr-coupled decay
-    `weight_decay`.
+    `weight_decay`, and SVC's λ `clip`, by which singular values are multiplied before they are clipped at 1.
     """
 
     multiplier: Exact = ONE
@@ -302,6 +302,7 @@ class Law(Record):
     lr: Exact = ONE
     eps: Exact = ONE
     weight_decay: Exact = ONE
+    clip: Exact = ONE
 
 
 class Parametrization(Record):

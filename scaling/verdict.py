@@ -41,6 +41,7 @@ STATEMENTS: dict[str, Statement] = {
         "ε ≍ m·s_x/(s_y·copies·fan_out), the entries of the gradient",
         r"\varepsilon \asymp \frac{m\,s_x}{s_y\,n_{\rm copies}\,n_{\rm out}} \asymp |G_{ij}|",
     ),
+    "clip": Statement("λ·‖G‖₂ ≍ 1, of the gradient whose singular values are clipped at 1", r"\lambda\,\|G\|_2 \asymp 1"),
     "decay": Statement("η·λ ≍ 1, the fraction decayed per step", r"\eta\lambda \asymp 1"),
     "contraction": Statement(
         "a sum of products of two trained activations over dim has the factor 1/dim",
@@ -51,6 +52,7 @@ STATEMENTS: dict[str, Statement] = {
     "same update": Statement("I2: m^(1+p)·η ≍ m'^(1+p)·η'", r"m^{1+p}\eta \asymp m'^{1+p}\eta'"),
     "same relative update": Statement("I2: m·σ·η ≍ m'·σ'·η'", r"m\sigma\eta \asymp m'\sigma'\eta'"),
     "same epsilon": Statement("ε/m ≍ ε'/m'", r"\varepsilon/m \asymp \varepsilon'/m'"),
+    "same clip": Statement("m·λ ≍ m'·λ'", r"m\lambda \asymp m'\lambda'"),
     "same decay": Statement("η·λ ≍ η'·λ'", r"\eta\lambda \asymp \eta'\lambda'"),
     "same tie": Statement("the multipliers of two uses have the ratio m₂/m₁ ≍ m₂'/m₁'", r"m_2/m_1 \asymp m_2'/m_1'"),
 }
@@ -105,7 +107,7 @@ class Verdict(Record):
     def cures(self) -> tuple[str, ...]:
         """One line per fault: of which weights, what is missing, what it does, where; ε and decay come last."""
         faults: dict[str, list[Obligation]] = {}
-        for one in sorted(self.failed, key=lambda one: one.name.removeprefix("same ") in {"epsilon", "decay"}):
+        for one in sorted(self.failed, key=lambda one: one.name.removeprefix("same ") in {"epsilon", "decay", "clip"}):
             faults.setdefault(one.cure or f"{one.name} does not hold: {one.by}", []).append(one)
         return tuple(_fault(cure, group) for cure, group in faults.items())
 

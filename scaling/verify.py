@@ -19,7 +19,7 @@ from scaling.errors import ScalingError, UnknownName
 from scaling.folding import fold, template
 from scaling.limits import WIDTH, exact, leading
 from scaling.notation import formula, plain
-from scaling.parametrizations import CLASSES, PARAMETRIZATIONS, OptimizerClass, class_of, family_of, order, parametrization
+from scaling.parametrizations import CLASSES, PARAMETRIZATIONS, OptimizerClass, class_of, family_of, gradient_norm, order, parametrization
 from scaling.records import Block, Contraction, Law, Parametrization, ScalingTable, Source, Use, WeightRule
 from scaling.regimes import Excess, Regime, regime_of
 from scaling.sheet import operator_name, same_rule, slice_text
@@ -31,6 +31,9 @@ ZERO, ONE, HALF, INFINITY = sympy.Integer(0), sympy.Integer(1), sympy.Rational(1
 
 WITH_EPSILON = {"adam", "adamw", "adam-msign", "adam-sn"}
 """Optimizers that divide by √v + ε."""
+
+CLIPPING = {"svc"}
+"""Optimizers that clip the singular values of λ·G."""
 
 
 def verify(
@@ -294,6 +297,8 @@ def _spectral(case: _Case, r: sympy.Expr) -> Iterator[Obligation]:
         yield _obligation(case, "mean", ZERO, ZERO, ZERO, "by definition: the law draws W from N(0, σ²)")
     if case.family in WITH_EPSILON:
         yield _decided(case, "epsilon", law.eps, optimizers.epsilon(block), cures.get("epsilon", ""))
+    if case.family in CLIPPING:
+        yield _decided(case, "clip", law.clip * gradient_norm(block), ONE, cures.get("clip", ""))
     yield _decided(case, "decay", law.lr * law.weight_decay, ONE, cures.get("decay", ""))
 
 
@@ -322,6 +327,9 @@ def _same(case: _Case) -> Iterator[Obligation]:
     if case.family in WITH_EPSILON:
         sides = law.eps / law.multiplier, other.eps / other.multiplier
         yield _decided(case, "same epsilon", *sides, _missing("ε/multiplier", *sides))
+    if case.family in CLIPPING:
+        sides = law.multiplier * law.clip, other.multiplier * other.clip
+        yield _decided(case, "same clip", *sides, _missing("multiplier·clip", *sides))
     sides = law.lr * law.weight_decay, other.lr * other.weight_decay
     yield _decided(case, "same decay", *sides, _missing("lr·weight decay", *sides))
 
@@ -406,6 +414,10 @@ def _cures(case: _Case, excess: Excess, r: sympy.Expr) -> Iterator[tuple[str, st
             "drowns the gradient, and steps shrink" if small > 0 else "falls behind the gradient, which is harmless until it underflows"
         )
         yield "epsilon", f"ε is {_too(small)}, it should follow {_follows(optimizers.epsilon(block))}: as d grows it {effect}"
+    if law.clip != 0:
+        large = leading(law.clip * gradient_norm(block))[1]
+        effect = "every singular value is clipped, which is msign" if large > 0 else "none is clipped, and steps shrink with the gradient"
+        yield "clip", f"SVC's λ is {_too(large)}, it should follow {_follows(1 / gradient_norm(block))}: as d grows {effect}"
     decayed = law.lr * law.weight_decay
     if decayed != 0:
         power = leading(decayed)[1]

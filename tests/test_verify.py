@@ -2,6 +2,8 @@
 
 import random
 import re
+import sys
+import time
 from collections import Counter
 from fractions import Fraction as Q
 
@@ -23,6 +25,7 @@ from scaling.regimes import REGIMES, Excess, classify, maximal_rates, regime_of
 from scaling.verdict import FORMATS, STATEMENTS, Verdict
 from scaling.verify import verify
 
+verify_module = sys.modules["scaling.verify"]
 d, R, ONE, INF = WIDTH, sympy.Rational, sympy.Integer(1), float("inf")
 
 # --- abc lists: the published cases -------------------------------------------------------------------------------------------------
@@ -224,7 +227,7 @@ def tables():
 
 MODELS = ("MLP", "CNN", "GPT", "Llama", "tied", "fixed heads")
 EQUIVALENT = ("spectral", "table3", "table8", "table9", "u-mup")
-FAMILIES = ("sgd", "adam", "muon", "muon+adam", "adafactor", "shampoo")
+FAMILIES = ("sgd", "adam", "muon", "muon+adam", "svc", "adafactor", "shampoo")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -578,6 +581,22 @@ def test_p31_heads_that_grow_leave_nothing_missing(tables):
     assert tables["GPT"].contractions == ()
 
 
+def test_p43_svc_clips_at_a_scale_that_follows_the_width(tables):
+    """A constant λ is right for hidden weights alone; where the gradient shrinks, ever fewer of its singular values are clipped."""
+    table = tables["MLP"]
+    constant = verify(changed(parametrization(table, "table3", "svc"), ".*", clip=ONE), table=table)
+    assert faults(constant) == {("head.weight", "clip"): R(1, 2)} | {
+        (name, "clip"): R(-1, 2) for name in ("first.weight", "first.bias", "second.bias", "third.bias")
+    }
+    assert "SVC's λ is d^(1/2) too small, it should follow √d: as d grows none is clipped" in constant.cures[0]
+    assert verify(table, optimizer="svc")  # on hidden matrices, Adam on the rest
+    for to in ("table8", "table9", "u-mup"):
+        moved = parametrization(table, to, "svc")
+        assert verify(moved, against="table3", table=table)
+        naive = verify(changed(moved, ".*", clip=ONE), against="table3", table=table)
+        assert {name for _, name in faults(naive)} == (set() if to == "table9" else {"same clip"})  # in form C all gradients are Θ(1)
+
+
 def test_p44_a_constant_epsilon_is_a_failure_where_gradients_shrink(tables):
     verdict = verify(changed(parametrization(tables["GPT"], "table3"), ".*", eps=R(1, 10**8)), table=tables["GPT"])
     weights = {weight for weight, name in faults(verdict)}
@@ -614,17 +633,29 @@ def test_p61_logits_that_vanish_at_init_are_no_failure_and_good_inits_no_proof(t
 # --- repeated blocks, formats -------------------------------------------------------------------------------------------------------
 
 
-def test_repeated_blocks_are_proved_once(tables):
+def test_a_hundred_blocks_are_proved_as_two_are_in_less_than_20_seconds(tables, monkeypatch):
     def build(width):
         with torch.device("meta"):
-            return GPT(width, layers=30)
+            return GPT(width, layers=100)
 
-    many, few = verify(derive(build, ids, widths=(64, 128))), verify(tables["GPT"])
-    assert len(many.obligations) == len(few.obligations)
-    assert many.weights == len(tables["GPT"]) + 28 * 12
-    assert any(len(one.names) == 30 for one in many.obligations)
-    covered = {name for one in many.obligations for name in one.names}
-    assert len(covered) == many.weights
+    decided = []
+    counted = lambda case, *args: decided.append(case.weight) or decide(case, *args)  # noqa: E731
+    decide = verify_module._decided
+    monkeypatch.setattr(verify_module, "_decided", counted)
+    few = verify(tables["GPT"])
+    of_two, decided[:] = len(decided), []
+    begun = time.process_time()
+    table = derive(build, ids, widths=(64, 128))
+    many = verify(table)
+    failed = verify(parametrization(table, "standard"), table=table)
+    assert time.process_time() - begun < 20
+    assert len(decided) == 2 * of_two  # two verdicts, each proving no block twice
+    assert many
+    assert len(many.obligations) == len(few.obligations) == len(failed.obligations)
+    assert many.weights == len(tables["GPT"]) + 98 * 12
+    assert any(len(one.names) == 100 for one in many.obligations)
+    assert len({name for one in many.obligations for name in one.names}) == many.weights
+    assert failed.departures[0].value.module == "h.0.attn.c_attn"
 
 
 def test_a_block_that_differs_is_proved_apart(tables):
