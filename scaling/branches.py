@@ -157,7 +157,9 @@ def settled(branches: list[Found], uses: list[WeightUse]) -> list[Found]:
                 carried.setdefault(weight, {})[call.node] = one.rest
         bad = {weight for weight, calls in carried.items() if set(calls) != known[weight] or len(set(calls.values())) > 1}
         new = [
-            replace(one, forward=one.rest != 1 and (one.carriers is None or any(weight in bad for weight, _ in one.carriers)))
+            replace(
+                one, forward=one.rest != 1 and (one.forward or one.carriers is None or any(weight in bad for weight, _ in one.carriers))
+            )
             for one in branches
         ]
         if [one.forward for one in new] == [one.forward for one in branches]:

@@ -47,6 +47,16 @@ STATEMENTS: dict[str, Statement] = {
         "a sum of products of two trained activations over dim has the factor 1/dim",
         r"\mathrm{factor\ on}\ \sum_{i\le n} q_i k_i \asymp 1/n",
     ),
+    "stream": Statement(
+        "β is at most of the order 1/√L: L branches times β, independent at init, add up (1/L where they share their weights)",
+        r"\beta = O(1/\sqrt{L}) \mathrm{\ as\ } L \to \infty",
+    ),
+    "changes": Statement(
+        "in L: ‖m·ΔW‖₂ ≍ (s_y/s_x)·√(fan_out/fan_in)/(L·β), as the changes of L branches add up; without L·β outside of them",
+        rf"L\,\beta\,\|m\,\Delta W\|_2 \asymp {_TARGET} \mathrm{{\ as\ }} L \to \infty",
+    ),
+    "deep eps": Statement("in L: ε ≍ the entries of the gradient, which carries β", r"\varepsilon \asymp \beta\,|G_{ij}|"),
+    "deep decay": Statement("in L: η·λ ≍ 1", r"\eta\lambda \asymp 1 \mathrm{\ as\ } L \to \infty"),
     "coverage": Statement("the weight is reached by a rule", r"\mathrm{the\ weight\ is\ reached\ by\ a\ rule}"),
     "same init": Statement("I1: m·σ ≍ m'·σ'", r"m\sigma \asymp m'\sigma'"),
     "same update": Statement("I2: m^(1+p)·η ≍ m'^(1+p)·η'", r"m^{1+p}\eta \asymp m'^{1+p}\eta'"),
@@ -62,7 +72,7 @@ STATEMENTS: dict[str, Statement] = {
 class Obligation(Record):
     """One thing that has to hold, for one part of one weight, or for all the `names` of which repeated blocks have it.
 
-    Proven iff lhs/rhs tends to a constant that is neither 0 nor ∞: `excess`, the power of d it follows, is 0.
+    Proven iff lhs/rhs tends to a constant that is neither 0 nor ∞: `excess`, the power of d it follows (of L, in depth), is 0.
     """
 
     name: str

@@ -15,6 +15,7 @@ import sympy
 
 from scaling import optimizers
 from scaling.departures import Departure, departures
+from scaling.depth_proof import depth_obligations, in_depth_too
 from scaling.errors import ScalingError, UnknownName
 from scaling.folding import fold, template
 from scaling.limits import WIDTH, exact, leading
@@ -73,8 +74,9 @@ def verify(
     cases = list(_cases(own, subject, laws, reference, other, family))
     products = [_product(group, own, laws, family) for group in _alike(own.contractions)]
     regime = _regime(own, cases, [excess for _, excess in products])
-    obligations = [one for case in cases for one in (_same(case) if other is not None else _spectral(case, regime.r))]
+    obligations = [one for case in cases for one in (map(in_depth_too, _same(case)) if other is not None else _spectral(case, regime.r))]
     obligations += [one for one, _ in products if other is None]
+    obligations += depth_obligations(own, laws, family) if other is None else ()
     obligations += [_unreached(name) for name in own.coverage.unreached]
     failed = [one for one in obligations if not one.proven]
     return Verdict(
