@@ -413,6 +413,18 @@ def test_the_gradient_of_a_gain_shared_over_heads_is_summed_over_them(heads, siz
     assert change == 0  # lr d^(0 or 1) times a gradient of d^(0 or -1)
 
 
+@pytest.mark.parametrize(("equation", "expected"), [("bn->nb", {0}), ("bn->b", {sympy.S.Half, 1})])
+def test_einsum_of_one_operand_orders_axes_anew_or_sums_over_them(equation, expected):
+    def make(d):
+        return Net(lambda m, x: torch.einsum(equation, torch.tanh(m.stem(x))), stem=nn.Linear(16, d))
+
+    result = flow(derive(make, (torch.zeros(4, 16),), widths=(64, 128)))
+    [value] = [value for value in result.values if value.operator == "aten.einsum"]
+    assert not result.unknown
+    assert {value.init, value.change} == expected
+    assert result.of("stem").gradient == (-1 if equation == "bn->nb" else 0)
+
+
 def test_an_operator_without_a_rule_is_said_to_be_unknown_and_not_guessed():
     def make(d):
         return Net(

@@ -14,6 +14,8 @@ from scaling.graph import Call
 from scaling.operators import Binding, _spread, bind
 from scaling.orders import NOTHING, ZERO, Exponent, Pieces, State, joined, least, plus, shared, top, zipped
 from scaling.propagation.context import HALF, Context, Pull, Result, Values, largest, shape_of
+from scaling.propagation.moving import moves
+from scaling.propagation.reductions import over, sum_of
 
 __all__ = ["contract", "contraction", "handed_back"]
 
@@ -77,9 +79,13 @@ def contraction(context: Context, call: Call, values: Values) -> Result | None:
     factors = [b for b in bindings if not b.added and of.get(b.node) is not None]
     terms = [b for b in bindings if b.added and of.get(b.node) is not None]
     output = _spread(signature.output, len(call.shape))
-    if len(factors) != 2 or output is None:
+    if output is None:
         return None
     kept = {label.name for axis in output for label in axis}
+    if len(factors) == 1 and not terms:
+        return _alone(context, call, values, factors[0], kept)
+    if len(factors) != 2:
+        return None
     out, pull = _product(context, call, [(b, of[b.node]) for b in factors], kept, output)  # pyright: ignore[reportArgumentType]
     for term in terms:
         added = of[term.node]
@@ -95,6 +101,15 @@ def contraction(context: Context, call: Call, values: Values) -> Result | None:
         return [back.get(node) if node is not None else None for node in call.tensors]
 
     return out, pulled
+
+
+def _alone(context: Context, call: Call, values: Values, factor: Binding, kept: set[str]) -> Result | None:
+    """Einsum of one operand: its axes in another order, or sums over those that are gone."""
+    gone = {label.name: dim for axis in factor.axes for label, dim in axis if label.name not in kept}
+    if not gone:
+        return moves(context, call, values)
+    order = sum((context.order(dim) for dim in gone.values()), ZERO)
+    return over(values, lambda x: sum_of(x, order), lambda x: ZERO)
 
 
 def _added_back(context: Context, call: Call, term: Binding, d: Pieces[Exponent]) -> Pieces[Exponent]:

@@ -10,7 +10,7 @@ from scaling.orders import UNKNOWN, ZERO, Exponent, Pieces, State, joined, least
 from scaling.propagation.context import HALF, Context, Result, Rule, Values, largest, nothing
 from scaling.propagation.pointwise import positive, powered, unary
 
-__all__ = ["deviation", "extreme", "mean", "norm_of", "softmax", "summed", "variance"]
+__all__ = ["deviation", "extreme", "mean", "norm_of", "over", "softmax", "sum_of", "summed", "variance"]
 
 
 def _reduced(context: Context, call: Call) -> Fraction:
@@ -22,22 +22,28 @@ def _reduced(context: Context, call: Call) -> Fraction:
     return sum((context.order(dims[i]) for i in gone), ZERO)
 
 
-def _summed(x: State, order: Fraction) -> State:
+def sum_of(x: State, order: Fraction) -> State:
     """A sum of d**order entries: √ of them where they are independent, all of what is common; a change is common."""
     return State.of(top(plus(x.mean, order), plus(x.init, order * HALF)), plus(x.mean, order), plus(x.change, order), x.roots)
 
 
+def over(values: Values, shape: Callable[[State], State], slope: Callable[[State], Exponent]) -> Result | None:
+    """A reduction of the first value, its parts taken together: what becomes of it, and by how much its gradient differs."""
+    x = values[0]
+    if x is None:
+        return None
+    state = x.whole(joined)
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        return [Pieces.of(plus(d.whole(largest), slope(state))), *nothing(values[1:])]
+
+    return Pieces.of(shape(state)), pull
+
+
 def _reduce(shape: Callable[[State, Fraction], State], slope: Callable[[State, Fraction], Exponent]) -> Rule:
     def rule(context: Context, call: Call, values: Values) -> Result | None:
-        x = values[0]
-        if x is None:
-            return None
-        order, state = _reduced(context, call), x.whole(joined)
-
-        def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
-            return [Pieces.of(plus(d.whole(largest), slope(state, order))), *nothing(values[1:])]
-
-        return Pieces.of(shape(state, order)), pull
+        order = _reduced(context, call)
+        return over(values, lambda x: shape(x, order), lambda x: slope(x, order))
 
     return rule
 
@@ -46,8 +52,8 @@ def _mean_square(x: State, order: Fraction) -> State:
     return powered(2)(x)[0]
 
 
-summed = _reduce(_summed, lambda x, k: ZERO)
-mean = _reduce(lambda x, k: _summed(x, k).scaled(-k), lambda x, k: -k)
+summed = _reduce(sum_of, lambda x, k: ZERO)
+mean = _reduce(lambda x, k: sum_of(x, k).scaled(-k), lambda x, k: -k)
 variance = _reduce(_mean_square, lambda x, k: minus(x.after, k))
 deviation = _reduce(lambda x, k: positive(x)[0], lambda x, k: -k)
 extreme = _reduce(lambda x, k: positive(x)[0], lambda x, k: ZERO)

@@ -51,6 +51,7 @@ _ROWS: list[tuple[Rule, str]] = [
     (reductions.softmax, "softmax _softmax log_softmax _log_softmax"),
     (normalisation, "layer_norm rms_norm batch_norm group_norm instance_norm"),
     # layers in one operator
+    (contraction, "einsum"),
     (attention, "scaled_dot_product_attention"),
     (glu, "glu"),
     (recurrent(curve.odd_bounded), "lstm gru rnn_tanh"),
