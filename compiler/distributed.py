@@ -7,23 +7,23 @@ laid out once from global shapes, the same on all ranks without talking, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from compiler.blocks import plain
 from compiler.exchange import Exchange, Traffic, Wire
-from compiler.norms import VECTORS
+from compiler.gradients import Ready
+from compiler.maps import PEAK, chunks, empty_basis, mapped
+from compiler.pieces import Piece, directions, keep_, subtract_
 from compiler.scattered import Scattered, normalize_over_ranks
 from compiler.shards import UNASSIGNED, Run, Sharding, Unit, assign, local, sharding_of, units_of
 
-__all__ = ["TRAVEL", "Owned", "Plan", "Slots", "Weight", "groups_of", "over_any"]
+__all__ = ["TRAVEL", "Owned", "Plan", "Weight"]
 
 TRAVEL = ("auto", "half", "full")
 """How Φ and U travel: in fp16 scaled by powers of two, in working precision, or in what msign works in (fp16 on CUDA, else full)."""
@@ -41,7 +41,7 @@ class Weight:
     @property
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on."""
-        return self.group["blocks"], self.group["map"], self.group["strict"], self.group["travel"]
+        return tuple(self.group[name] for name in ("blocks", "map", "strict", "travel", "workspace"))
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
@@ -55,68 +55,30 @@ class Weight:
 
 @dataclass
 class Owned:
-    """A stack of whole matrices Φ (copies, out, in) to map, with its options; duck-typed to a piece of a step."""
+    """Whole matrices Φ (copies, out, in) that this rank maps: number `at` of an exchange. See `compiler.maps.Mappable`."""
 
+    at: int
     stack: Tensor
     o: dict[str, Any]
-    state: dict[str, Any] = field(default_factory=dict)
-    basis: str = ""
+    vectors: Tensor | None = None
+    warm: bool = False
+    good: Tensor | None = None
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def sizes(self) -> tuple[int, int, int]:
         """(copies, out, in)."""
-        return tuple(self.stack.shape)
+        copies, out, into = self.stack.shape
+        return copies, out, into
 
+    @property
+    def working(self) -> torch.dtype:
+        """The dtype to map in."""
+        return self.stack.dtype
 
-def groups_of(W: Tensor, shared: ProcessGroup | None) -> tuple[ProcessGroup, ...]:
-    """The groups over whose ranks a weight's gradient may differ."""
-    if isinstance(W, DTensor):
-        return tuple(W.device_mesh.get_group(dim) for dim in range(W.device_mesh.ndim) if W.device_mesh.size(dim) > 1)
-    return () if shared is None else (shared,)
-
-
-def over_any(weights: list[Weight], present: list[bool], bad: list[bool], shared: ProcessGroup | None) -> list[tuple[bool, bool]]:
-    """Per weight whether any rank has a gradient, and whether any rank's holds NaN or Inf."""
-    flags = list(zip(present, bad, strict=True))
-    together: dict[tuple[str, ...], list[int]] = {}
-    for i, weight in enumerate(weights):
-        together.setdefault(tuple(group.group_name for group in groups_of(weight.W, shared)), []).append(i)
-    for names, members in together.items():
-        if names:
-            W = weights[members[0]].W
-            agreed = torch.tensor([flags[i] for i in members], dtype=torch.uint8, device=local(W).device)
-            for group in groups_of(W, shared):
-                dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-            for i, (some, spoilt) in zip(members, agreed.tolist(), strict=True):
-                flags[i] = bool(some), bool(spoilt)
-    return flags
-
-
-class Slots(MutableMapping[str, Any]):
-    """The state of a weight whose matrices lie one after the other along a sharded axis: each rank sees its own."""
-
-    def __init__(self, state: MutableMapping[str, Any], W: DTensor) -> None:
-        self.state, self.W = state, W
-
-    def __getitem__(self, key: str) -> Any:
-        return local(self.state[key])
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        axis = next(p.dim for p in self.W.placements if isinstance(p, Shard))
-        placements = [Shard(0) if isinstance(p, Shard) else p for p in self.W.placements]
-        shape = (self.W.size(axis), *value.shape[1:])
-        stride = torch.empty(shape, device="meta").stride()
-        mesh = self.W.device_mesh
-        self.state[key] = DTensor.from_local(value.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
-    def __delitem__(self, key: str) -> None:
-        del self.state[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.stack.device
 
 
 class Plan:
@@ -125,20 +87,20 @@ class Plan:
     Args:
         weights: all of the optimizer's, in the same order on all ranks.
         shared: the group that shares the work on replicated weights.
-        workspace: bytes of Φ in working precision that one pair of all-to-alls brings to a rank, about.
 
     Raises:
         NotShardable: for a way of lying over ranks that is not supported.
     """
 
-    def __init__(self, weights: list[Weight], shared: ProcessGroup | None, workspace: int) -> None:
+    def __init__(self, weights: list[Weight], shared: ProcessGroup | None) -> None:
         self.weights = weights
         self._keys = [weight.key for weight in weights]
         self.runs: dict[tuple[int, int], list[tuple[int | None, Run, Unit]]] = {}
         self.exchanges: list[tuple[Exchange, list[int]]] = []
         self.scattered: list[tuple[ProcessGroup, list[int]]] = []
         self.units: list[Unit] = []
-        self.slots: dict[tuple[int, int], int] = {}
+        self.sizes: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self.stacked: set[tuple[int, int]] = set()
         self.position = {weight.W: weight.position for weight in weights}
         travelling: dict[str, list[Unit]] = {}
         scattered: dict[str, list[Unit]] = {}
@@ -151,7 +113,7 @@ class Plan:
             for number in range(len(weight.blocks)):
                 self._block(weight, number, sharding, travelling, scattered)
         for name, units in travelling.items():
-            self._exchange(groups[name], units, workspace)
+            self._exchange(groups[name], units)
         for name, units in scattered.items():
             ids = [self._number(unit, groups[name]) for unit in units]
             self.scattered.append((groups[name].group, ids))
@@ -184,11 +146,13 @@ class Plan:
         units = units_of(weight.position, number, axes, weight.W.shape, sharding, whole=alone or (by_sums and not stacked))
         stacked = stacked and sum(unit.sizes[0] for unit in units) == weight.W.size(sharding.axis)
         self.runs.setdefault(key, [])
+        self.sizes[key] = units[0].sizes
         if stacked:
-            self.slots[key] = min(units[0].sizes[1:])
+            self.stacked.add(key)
         elif by_sums:
-            whole = units_of(weight.position, number, axes, weight.W.shape, sharding, whole=True)
-            scattered.setdefault(name, []).extend(whole)
+            [whole] = units_of(weight.position, number, axes, weight.W.shape, sharding, whole=True)
+            self.sizes[key] = whole.sizes
+            scattered.setdefault(name, []).append(whole)
             return
         for unit in units:
             held = unit.runs[sharding.rank]
@@ -200,16 +164,16 @@ class Plan:
             else:
                 travelling.setdefault(name, []).append(unit)
 
-    def _exchange(self, sharding: Sharding, units: list[Unit], workspace: int) -> None:
-        """Owners for all units of a group; as many exchanges as the workspace wants."""
+    def _exchange(self, sharding: Sharding, units: list[Unit]) -> None:
+        """Owners for all units of a group; as many exchanges as the workspace wants, by what each brings to a rank on average."""
         ranks = len(sharding.bounds)
         assigned = assign(units, ranks)
         moving = [unit for unit, before in zip(assigned, units, strict=True) if before.owner == UNASSIGNED or before.replicated]
         buckets: list[list[Unit]] = [[]]
         used = 0
         for unit in moving:
-            size = 4 * unit.numel // ranks
-            if buckets[-1] and used + size > workspace:
+            size = PEAK * self._wire(unit).working.itemsize * unit.numel // ranks
+            if buckets[-1] and used + size > self._options(unit)["workspace"]:
                 buckets.append([])
                 used = 0
             buckets[-1].append(unit)
@@ -234,62 +198,54 @@ class Plan:
         travel = self.weights[unit.weight].options(unit.block)["travel"]
         return Wire(working, travel == "half" or (travel == "auto" and W.is_cuda and working == torch.float32))
 
-    def update_(
-        self,
-        pieces: dict[int, list[Any]],
-        active: dict[int, dict[str, Any]],
-        map_owned: Callable[[list[Owned]], list[Tensor]],
-        traffic: Traffic,
-    ) -> None:
+    def update_(self, pieces: dict[int, list[Piece]], ready: dict[int, Ready], traffic: Traffic) -> None:
         """Update the pieces that belong to units: gather, map, spread, write.
 
         Args:
             pieces: unit -> its pieces here, in the order of its runs.
-            active: position -> state of the weights that are updated in this step, the same on all ranks.
-            map_owned: maps stacks of whole matrices.
+            ready: position -> the weights that are updated in this step, the same on all ranks.
             traffic: counted up.
         """
+        active = {position: entry for position, entry in ready.items() if not entry.idle}
         for group, ids in self.scattered:
             self._normalize([i for i in ids if self.units[i].weight in active], pieces, active, group, traffic)
         for exchange, ids in self.exchanges:
             moving = {at: i for at, i in enumerate(ids) if self.units[i].weight in active}
             if not moving:
                 continue
-            stacks = exchange.gather({at: [p.direction().tensor() for p in pieces.get(i, [])] for at, i in moving.items()}, traffic)
-            owned = [Owned(stack, self._options(self.units[ids[at]])) for at, stack in stacks.items()]
-            updates = exchange.spread(dict(zip(stacks, map_owned(owned), strict=True)), traffic)
+            stacks = exchange.gather({at: directions(pieces.get(i, [])) for at, i in moving.items()}, traffic)
+            owned = [Owned(at, stack, self._options(self.units[ids[at]])) for at, stack in stacks.items()]
+            mine = {own.at: U for chunk in chunks(owned) for own, U in zip(chunk, mapped(chunk, [o.stack for o in chunk]), strict=True)}
+            updates = exchange.spread(mine, traffic)
             for at, i in moving.items():
-                for piece, U in zip(pieces.get(i, []), updates.get(at, []), strict=True):
-                    piece.W.add_(U.reshape(piece.W.shape), alpha=-piece.lr)
+                subtract_(pieces.get(i, []), updates.get(at, []))
 
     def _options(self, unit: Unit) -> dict[str, Any]:
         return self.weights[unit.weight].options(unit.block)
 
     def _normalize(
-        self, ids: list[int], pieces: dict[int, list[Any]], active: dict[int, dict[str, Any]], group: ProcessGroup, traffic: Traffic
+        self, ids: list[int], pieces: dict[int, list[Piece]], active: dict[int, Ready], group: ProcessGroup, traffic: Traffic
     ) -> None:
-        stacks = []
-        for i in ids:
-            unit, W = self.units[i], local(self.weights[self.units[i].weight].W)
-            boxes = [(p.run, p.direction().tensor()) for p in pieces.get(i, [])]
-            start = active[unit.weight].get(f"basis{unit.block}")
+        stacks, entries = [], [active[self.units[i].weight] for i in ids]
+        for i, entry in zip(ids, entries, strict=True):
+            unit, held, W = self.units[i], pieces.get(i, []), local(entry.W)
+            boxes = [(piece.run, X) for piece, X in zip(held, directions(held), strict=True) if piece.run is not None]
+            start = entry.state[f"basis{unit.block}"] if entry.warm else None
             stacks.append(Scattered(unit, boxes, start, torch.promote_types(W.dtype, torch.float32), W.device))
         if not stacks:
             return
         normalize_over_ranks(stacks, group, traffic)
-        for i, stack in zip(ids, stacks, strict=True):
-            unit = self.units[i]
-            active[unit.weight][f"basis{unit.block}"] = stack.basis.to(self.weights[unit.weight].W.dtype)
-            for piece, U in zip(pieces.get(i, []), stack.updates(), strict=True):
-                piece.W.add_(U, alpha=-piece.lr)
+        for i, entry, stack in zip(ids, entries, stacks, strict=True):
+            keep_(entry.state[f"basis{self.units[i].block}"], stack.basis, entry.good)
+            subtract_(pieces.get(i, []), list(stack.updates()))
 
-    def slots_of(self, weight: int, block: int, state: dict[str, Any]) -> MutableMapping[str, Any]:
-        """Where the pieces of a block keep their basis."""
-        if (weight, block) not in self.slots:
-            return state
-        W = self.weights[weight].W
-        slots = Slots(state, W)  # pyright: ignore[reportArgumentType]
-        if f"basis{block}" not in state and not self.runs[weight, block]:
-            m = self.slots[weight, block]
-            slots[f"basis{block}"] = local(W).new_zeros(0, m, min(VECTORS, m))
-        return slots
+    def empty_basis(self, weight: int, block: int) -> Tensor:
+        """SN's vectors of a block, before it has any: sharded like a stack of matrices of which each rank has its own, else whole."""
+        W, sizes = self.weights[weight].W, self.sizes[weight, block]
+        if (weight, block) not in self.stacked or not isinstance(W, DTensor):
+            return empty_basis(local(W), sizes)
+        axis = next(p.dim for p in W.placements if isinstance(p, Shard))
+        own = empty_basis(local(W), (local(W).size(axis), *sizes[1:]))
+        whole = torch.empty(W.size(axis), *own.shape[1:], device="meta")
+        lie = [Shard(0) if isinstance(p, Shard) else p for p in W.placements]
+        return DTensor.from_local(own, W.device_mesh, lie, run_check=False, shape=whole.shape, stride=whole.stride())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from scaling.errors import ScalingError
 
-__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "NotAMatrix", "NotExpressible", "NotShardable"]
+__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "NotAMatrix", "NotExpressible", "NotReady", "NotShardable"]
 
 
 class AlreadyCompiled(ScalingError):
@@ -57,3 +57,13 @@ class NotShardable(ScalingError, NotImplementedError):
     def __init__(self, weight: str, why: str, cure: str) -> None:
         self.weight = weight
         super().__init__(f"weight '{weight}' {why}\n  {cure}")
+
+
+class NotReady(ScalingError, RuntimeError):
+    """A CUDA graph of the very first step."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a CUDA graph is being captured, but the optimizer has no state yet, which the graph would make anew in every replay\n"
+            "  take one step outside of the graph first, with a gradient for every weight"
+        )

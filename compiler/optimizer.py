@@ -1,10 +1,10 @@
 """SpectralOptimizer: one torch optimizer for base update × matrix map × scale, per block of a weight."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,43 +13,28 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from compiler.blocks import block_view, check_axes, covers, matrices, plain
-from compiler.coefficients import SCHEDULES
-from compiler.distributed import TRAVEL, Owned, Plan, Weight, over_any
-from compiler.errors import BadGradient, BadOption, NotAMatrix
+from compiler.blocks import block_view, covers, matrices, plain
+from compiler.distributed import Plan, Weight
+from compiler.errors import BadGradient, NotReady
 from compiler.exchange import Traffic
-from compiler.msign import msign, power_of_two
-from compiler.norms import ritz, spectral_normalize, svc
-from compiler.shards import Run, local, placements, sharding_of
-from compiler.updates import UPDATES, Direction, buffers_of, empty_buffer
-from scaling.errors import UnknownName
+from compiler.gradients import Ready, on_device, over_any, read, watched
+from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
+from compiler.options import NEW_OPTIONS, check_group
+from compiler.pieces import Lane, Piece, advance, directions, lanes, subtract_, write_
+from compiler.shards import local, placements
+from compiler.updates import buffers_of, largest_gradient
 
-__all__ = ["MAPS", "SpectralOptimizer"]
+__all__ = ["SpectralOptimizer"]
 
-WORKSPACE = 2**28
-"""Bytes of base updates that are mapped in one batch; a single larger weight is mapped whole."""
+LOW = "low_bits"
+"""The state in which a bf16 weight keeps the rest of its fp32 bits."""
 
-NEW_OPTIONS: dict[str, Any] = {
-    "update": "momentum",
-    "map": "msign",
-    "weight_decay": 0.0,
-    "momentum": 0.95,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "clip": 1.0,
-    "lr_scale": 1.0,
-    "wd_scale": 1.0,
-    "eps_scale": 1.0,
-    "clip_scale": 1.0,
-    "norm_scale": 1.0,
-    "accuracy": "default",
-    "strict": False,
-    "nonfinite": "skip",
-    "travel": "auto",
-    "maximize": False,
-    "blocks": None,
-}
-"""What a group, or a checkpoint from before an option existed, gets by default."""
+LOOKS = "looks"
+"""How often SN has looked at a weight, up to WARM; kept by the host."""
+
+WARM = 2
+"""SN starts from its last vectors after this many steps: the first may be of zeros, as torch's distributed checkpoint takes one, or
+as weights before a zero-initialised projection get, and leave nothing to start from."""
 
 
 class SpectralOptimizer(Optimizer):
@@ -66,24 +51,36 @@ class SpectralOptimizer(Optimizer):
             B ← μ·B + (1 - μ)·G; "sign" is the sign of that.
         map: a name of `MAPS`: "msign" (U·Vᵀ), "sn" (Φ/‖Φ‖₂, from a block of 16 vectors kept in the state) or "svc"
             (U·min(λ·S, 1)·Vᵀ with λ = clip·clip_scale); or None.
-        weight_decay: decoupled, except for "sgd" without a map.
+        weight_decay: decoupled, except for "sgd" without a map; a float or a one-element tensor.
         momentum, betas, eps: of the base update; Adam's ε is eps·eps_scale.
         clip: λ of "svc".
         accuracy: of `compiler.msign`.
         strict: "sn" never exceeds spectral norm 1 (`compiler.spectral_norm`).
-        nonfinite: "skip" leaves a weight whose gradient holds NaN or Inf, and its state, as they are and counts it in `skipped`;
-            "raise" raises before anything is changed.
+        nonfinite: "skip" leaves a weight whose gradient holds NaN or Inf, or a number so large that a buffer would overflow for good,
+            and its state, as they are to the bit and counts it in `skipped`; "raise" raises before anything is changed, and so waits
+            for the device.
         maximize: ascend.
         lr_scale, wd_scale, eps_scale, clip_scale: see above. norm_scale is read by `compiler.clip_grad_norm_`.
         travel: how base updates and updates go between ranks under "msign" and "svc": "full", in working precision; "half", in fp16
             with an exponent per matrix, which rounds every entry of both to 11 bits; "auto", "half" on CUDA, else "full".
         process_group: a group whose ranks hold the same replicated weights (DDP) and share the work on their matrices: each is
             mapped by one rank, whose update goes to the others. None: every rank maps all. Not kept by copy and pickle.
+        capturable: nothing in `step` is read by the host, on any device. On other devices than a CPU that is so anyway, but for an lr
+            that is a tensor on the CPU.
+        master: keep bf16 weights to fp32 precision: their other 16 bits in the state (`low_bits`), and their buffers in fp32. Without
+            it a change of less than 0.2 % of an entry is lost to rounding. Weights of other dtypes are left as they are.
+        workspace: bytes of temporary memory that a step may take, about; a weight that needs more for itself is mapped alone. The
+            collectives of `process_group` and DTensors keep to as much once more.
         blocks: None: under a map the weight is one (out, in) matrix. Else a list of dicts that partition the weight, each with
-            its layout under "axes" (see `compiler.blocks`) and any of the options above.
+            its layout under "axes" (see `compiler.blocks`) and any of the options above but nonfinite, maximize, capturable, master
+            and workspace.
 
     Every matrix of a block, one per copy, is mapped for itself; equal shapes, tall and wide, are batched over all weights.
-    Gradients are only read. State: the buffers of the update, in the weight's dtype.
+    Gradients are only read. State: the buffers of the update, in the weight's dtype unless `master`: none or one for "sgd",
+    "momentum", "nesterov" and "sign", two and a step count for "adam"; for "sn" 16·min(out, in) numbers per matrix.
+
+    On CUDA a step does not wait for the device, and can be captured in a CUDA graph after a step outside of it: what a schedule is to
+    change between replays, lr and weight_decay, must then be tensors on the device. "svc" and accuracy "exact" do wait.
 
     Over ranks: weights may be DTensors, as `torch.distributed.fsdp.fully_shard` (FSDP2, HSDP) and `distribute_tensor` make them,
     in one Shard, of any axis, even or not, or Replicate. Make the optimizer after sharding. State is sharded like the weight, and
@@ -91,9 +88,11 @@ class SpectralOptimizer(Optimizer):
     to do, and its update back; strict "sn" too. "sn": only products with 16 vectors are summed. Weights without a matrix map are
     updated in place. A gradient that only some ranks have counts as zero on the others; one spoilt on any rank skips the weight on all.
 
+    A step with lr 0 leaves a weight whose gradient is all zeros, and its state, as they are, but makes that state if there is none:
+    torch.distributed.checkpoint takes one for that.
+
     Attributes:
         traffic: bytes this rank has sent in all-to-alls and put into all-reduces.
-        skipped: weight name (or "group.index") -> steps skipped for a gradient that was not finite; not part of the state dict.
 
     Raises:
         BadOption: for an option out of range.
@@ -109,10 +108,10 @@ class SpectralOptimizer(Optimizer):
             [ 0.0000,  0.1250]])
     """
 
-    skipped: dict[str, int]
     traffic: Traffic
     process_group: ProcessGroup | None
     _plan: Plan | None
+    _skips: dict[int, Any]
 
     def __init__(
         self,
@@ -120,7 +119,7 @@ class SpectralOptimizer(Optimizer):
         lr: float | Tensor,
         update: str = "momentum",
         map: str | None = "msign",
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -132,6 +131,9 @@ class SpectralOptimizer(Optimizer):
         nonfinite: str = "skip",
         travel: str = "auto",
         process_group: ProcessGroup | None = None,
+        capturable: bool = False,
+        master: bool = False,
+        workspace: int = NEW_OPTIONS["workspace"],
     ) -> None:
         given = {
             "update": update,
@@ -146,22 +148,34 @@ class SpectralOptimizer(Optimizer):
             "strict": strict,
             "nonfinite": nonfinite,
             "travel": travel,
+            "capturable": capturable,
+            "master": master,
+            "workspace": workspace,
         }
-        self.skipped = {}
-        self.traffic = Traffic()
+        self.traffic, self._skips = Traffic(), {}
         self.process_group, self._plan = process_group, None
         super().__init__(params, {"lr": lr, **NEW_OPTIONS, **given})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("skipped", {})
         self.__dict__.setdefault("traffic", Traffic())
-        self.__dict__.setdefault("process_group", None)
-        self.__dict__.setdefault("_plan", None)
+        for name, empty in (("_skips", {}), ("process_group", None), ("_plan", None)):
+            self.__dict__.setdefault(name, empty)
         for name, default in NEW_OPTIONS.items():
             self.defaults.setdefault(name, default)
             for group in self.param_groups:
                 group.setdefault(name, default)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state, as in torch, each tensor in the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        weights = [W for group in self.param_groups for W in group["params"]]
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, W in zip(saved, weights, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                now = self.state[W].get(name)
+                if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                    self.state[W][name] = value.to(now.device)  # torch has cast it to the weight's dtype
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; refused as a whole if an option of it makes no sense.
@@ -174,12 +188,13 @@ class SpectralOptimizer(Optimizer):
         groups = len(self.param_groups)
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except Exception:
             del self.param_groups[groups:]
             raise
-        if isinstance(param_group["lr"], Tensor):
-            param_group["lr"] = param_group["lr"].clone()  # schedulers write it in place, group by group
+        for name in ("lr", "weight_decay"):
+            if isinstance(param_group[name], Tensor):
+                param_group[name] = param_group[name].clone()  # schedulers write it in place, group by group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -189,269 +204,218 @@ class SpectralOptimizer(Optimizer):
 
         Raises:
             BadGradient: for sparse gradients; with nonfinite="raise" for NaN or Inf. Nothing has been changed then.
+            NotReady: if a CUDA graph is captured before a first step has made the state.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         plan = self.plan()
-        pieces: list[_Piece] = []
-        shared: dict[int, list[_Piece]] = {}
-        active: dict[int, dict[str, Any]] = {}
-        for group, index, W in self._finite():
-            for piece in self._pieces(group, index, W, plan):
-                if piece.unit is not None:
-                    shared.setdefault(piece.unit, []).append(piece)
-                elif piece.o["map"] is None:
-                    piece.direction().subtract_from_(piece.W, piece.lr)
-                else:
-                    pieces.append(piece)
-            if plan is not None:
-                active[plan.position[W]] = self.state[W]
-        for piece, U in _mapped(pieces):
-            piece.W.add_(U.reshape(piece.W.shape), alpha=-piece.lr)
+        ready = self._ready(plan)
+        alone: list[Piece] = []
+        shared: dict[int, list[Piece]] = {}
+        for piece in self._pieces(ready, plan):
+            if piece.unit is None:
+                alone.append(piece)
+            else:
+                shared.setdefault(piece.unit, []).append(piece)
+        for chunk in chunks(alone):
+            if chunk[0].o["map"] is None:
+                for members in lanes(chunk):
+                    write_(members, advance(members))
+            else:
+                stacks = [matrices(direction, piece.sizes) for direction, piece in zip(directions(chunk), chunk, strict=True)]
+                subtract_(chunk, mapped(chunk, stacks))
         if plan is not None:
-            plan.update_(shared, active, _map_owned, self.traffic)
+            plan.update_(shared, {entry.position: entry for entry in ready}, self.traffic)
         return loss
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Weight name (or "group.index") -> steps skipped for its gradient, since this object was made. Reading waits for the device."""
+        names = [entry.name for entry in self._entries()]
+        counts = {names[position]: int(count) for position, count in sorted(self._skips.items())}
+        return {name: count for name, count in counts.items() if count > 0}
 
     def plan(self) -> Plan | None:
         """Who maps what over ranks, and the bytes that travel; None if every weight is whole on every rank."""
         if self.process_group is None and not any(isinstance(W, DTensor) for group in self.param_groups for W in group["params"]):
             return None
-        named = [(group, self._name(group, i), W) for group in self.param_groups for i, W in enumerate(group["params"])]
-        weights = [Weight(position, name, W, group) for position, (group, name, W) in enumerate(named)]
+        weights = [Weight(entry.position, entry.name, entry.W, entry.group) for entry in self._entries()]
         if self._plan is None or not self._plan.fits(weights):
-            self._plan = Plan(weights, self.process_group, WORKSPACE)
+            self._plan = Plan(weights, self.process_group)
         return self._plan
 
-    def _finite(self) -> list[tuple[dict[str, Any], int, Tensor]]:
-        """The weights with a gradient, on any rank, that is finite on all; the others are counted or raised."""
-        found = [(g, i, W) for g in self.param_groups for i, W in enumerate(g["params"]) if W.numel() > 0]
-        sparse = [self._name(g, i) for g, i, W in found if W.grad is not None and W.grad.is_sparse]
-        if sparse:
+    def _entries(self) -> list[Ready]:
+        """All weights."""
+        entries = []
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+            limits: dict[torch.dtype, float] = {}
+            for name, W in zip(names, group["params"], strict=True):
+                dtype = _dtype(W, group)
+                if dtype not in limits:
+                    limits[dtype] = min(largest_gradient({**group, **block}, dtype) for block in group["blocks"] or ({},))
+                entries.append(Ready(len(entries), name, W, group, limits[dtype]))
+        return entries
+
+    def _ready(self, plan: Plan | None) -> list[Ready]:
+        """The weights that take part in this step; those that are skipped have been counted, or raised."""
+        entries = [entry for entry in self._entries() if entry.W.numel() > 0]
+        if sparse := [entry.name for entry in entries if entry.W.grad is not None and entry.W.grad.is_sparse]:
             raise BadGradient(sparse, "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
-        if astray := [self._name(g, i) for g, i, W in found if W.grad is not None and placements(W.grad) != placements(W)]:
+        if astray := [entry.name for entry in entries if entry.W.grad is not None and placements(entry.W.grad) != placements(entry.W)]:
             raise BadGradient(astray, "over ranks placed unlike its weight:", "redistribute the gradient to its weight's placements")
-        present = [W.grad is not None for _, _, W in found]
-        checked = [k for k, (_, _, W) in enumerate(found) if W.grad is not None and local(W.grad).numel() > 0]
-        bad = [False] * len(found)
-        if checked:
-            largest = torch._foreach_norm([local(found[k][2].grad) for k in checked], ord=math.inf)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
-            finite = torch.stack([norm.isfinite().to(largest[0].device) for norm in largest]).tolist()
-            for k, fine in zip(checked, finite, strict=True):
-                bad[k] = not fine
-        if (plan := self.plan()) is not None:
-            flags = over_any([plan.weights[plan.position[W]] for _, _, W in found], present, bad, self.process_group)
-            present, bad = [some for some, _ in flags], [spoilt for _, spoilt in flags]
-        spoilt = [(g, self._name(g, i)) for (g, i, _), wrong in zip(found, bad, strict=True) if wrong]
-        if any(g["nonfinite"] == "raise" for g, _ in spoilt):
-            raise BadGradient(
-                [name for _, name in spoilt], "NaN or Inf in the", "nothing was changed; nonfinite='skip' leaves such weights out"
-            )
-        for _, name in spoilt:
-            self.skipped[name] = self.skipped.get(name, 0) + 1
-        return [entry for entry, some, wrong in zip(found, present, bad, strict=True) if some and not wrong]
+        by_host = [entry for entry in entries if not on_device(entry)]
+        by_device: dict[torch.device, list[Ready]] = {}
+        for entry in entries:
+            if on_device(entry) and (entry.W.grad is not None or (plan is not None and entry.W.requires_grad)):
+                by_device.setdefault(entry.W.device, []).append(entry)
+        sides = [(by_host, read(by_host)), *((members, watched(members)) for members in by_device.values())]
+        if plan is not None:
+            sides = [(members, over_any(members, flags, self.process_group)) for members, flags in sides if members]
+        self._raise_spoilt(sides)
+        ready = []
+        for members, flags in sides:
+            ready += self._good(members, flags) if members and on_device(members[0]) else self._known(members, flags)
+        return ready
 
-    def _name(self, group: dict[str, Any], index: int) -> str:
-        if "param_names" in group:
-            return group["param_names"][index]
-        position = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return f"{position}.{index}"
+    def _raise_spoilt(self, sides: list[tuple[list[Ready], Tensor]]) -> None:
+        strict = [(members, flags) for members, flags in sides if any(entry.group["nonfinite"] == "raise" for entry in members)]
+        spoilt = [entry for members, flags in strict for entry, wrong in zip(members, flags[1].tolist(), strict=True) if wrong]
+        if any(entry.group["nonfinite"] == "raise" for entry in spoilt):
+            cure = "nothing was changed; nonfinite='skip' leaves such weights out"
+            raise BadGradient([entry.name for entry in spoilt], "NaN or Inf, or too large a number, in the", cure)
 
-    def _pieces(self, group: dict[str, Any], index: int, W: Tensor, plan: Plan | None) -> Iterator[_Piece]:
-        """The parts of one weight that are updated for themselves here, decay applied, state ready."""
-        state: dict[str, Any] = self.state[W]
-        blocks = [{**group, **block} for block in group["blocks"] or ({},)]
-        for name in dict.fromkeys(name for o in blocks for name in buffers_of(o)):
-            if name not in state:
-                state[name] = empty_buffer(W)
-        if any(o["update"] == "adam" for o in blocks):
-            state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        here = local(W)
-        grad = torch.zeros_like(here) if W.grad is None else local(W.grad)
-        grad = -grad if group["maximize"] else grad
-        for number, o in enumerate(blocks):
-            o["step"] = state["step"].item() if "step" in state else 0
-            tensors = [here, grad, *(local(state[name]) for name in buffers_of(o))]
-            axes, sizes = o.get("axes", plain(W.shape) if o["map"] else ()), (1, 1, 1)
-            parts = plan.runs.get((plan.position[W], number)) if plan is not None else None
-            if parts is not None and plan is not None:
-                slots = plan.slots_of(plan.position[W], number, state)
-                for number_of_unit, run, unit in parts:
-                    views = [run.view(T) for T in tensors]
-                    buffers = dict(zip(buffers_of(o), views[2:], strict=True))
-                    yield _Piece(views[0], views[1], buffers, o, unit.sizes, slots, f"basis{number}", number_of_unit, run)
-                continue
-            if o["map"] is not None or (axes and not covers(axes, W.shape)):
-                sizes = block_view(here, axes)[1]
-                tensors = [block_view(T, axes)[0] for T in tensors]
-            buffers = dict(zip(buffers_of(o), tensors[2:], strict=True))
-            yield _Piece(tensors[0], tensors[1], buffers, o, sizes, state, f"basis{number}")
+    def _known(self, entries: list[Ready], flags: Tensor) -> list[Ready]:
+        """The weights to update, as the host knows."""
+        ready = []
+        for entry, present, spoilt, moves in zip(entries, *flags.tolist(), strict=True):
+            if spoilt:
+                self._skips[entry.position] = self._skips.get(entry.position, 0) + 1
+            elif present:
+                entry.idle = not moves and float(entry.group["lr"]) == 0
+                ready.append(entry)
+        return ready
 
+    def _good(self, entries: list[Ready], flags: Tensor) -> list[Ready]:
+        """All weights, each with a flag whether it is updated."""
+        present, spoilt, moves = flags
+        good = present & ~spoilt
+        rates = {id(entry.group): _number(entry, entry.group["lr"]) for entry in entries}
+        if any(isinstance(lr, Tensor) or lr == 0 for lr in rates.values()):
+            runs = {key: lr != 0 if isinstance(lr, Tensor) else torch.full_like(good[0], lr != 0) for key, lr in rates.items()}
+            good &= moves | torch.stack([runs[id(entry.group)].to(good.device) for entry in entries])
+        for entry, flag in zip(entries, good.unbind(), strict=True):
+            entry.good = flag
+        if new := [entry.position for entry in entries if entry.position not in self._skips]:
+            _refuse_capture()
+            self._skips.update(zip(new, spoilt.new_zeros(len(new), dtype=torch.int32).unbind(), strict=True))
+        torch._foreach_add_([self._skips[entry.position] for entry in entries], list(spoilt.to(torch.int32).unbind()))
+        return entries
 
-@dataclass
-class _Piece:
-    """A block of one weight in one step: views of shape (copies..., out..., in...), or the whole weight."""
+    def _pieces(self, ready: list[Ready], plan: Plan | None) -> Iterator[Piece]:
+        """The parts of the weights that are updated here, lane by lane, with their state."""
+        alike: dict[tuple[int, bool], list[Ready]] = {}
+        for entry in ready:
+            alike.setdefault((id(entry.group), on_device(entry)), []).append(entry)
+        for entries in alike.values():
+            group = entries[0].group
+            blocks = [{**group, **block} for block in group["blocks"] or ({},)]
+            self._make_state(entries, blocks)
+            steps = self._steps(entries) if any(o["update"] == "adam" for o in blocks) else [0.0] * len(entries)
+            gradients = [torch.zeros_like(local(entry.W)) if entry.gradient is None else entry.gradient for entry in entries]
+            for number, o in enumerate(blocks):
+                lr, decay = _number(entries[0], o["lr"]), _number(entries[0], o["weight_decay"])
+                lane = Lane(o, lr * o["lr_scale"], decay * o["wd_scale"])
+                for entry, G, step in zip(entries, gradients, steps, strict=True):
+                    for piece in self._of_block(entry, G, step, number, lane, plan):
+                        if not entry.idle:
+                            yield piece
+            if any(keeps_vectors(o) for o in blocks):
+                for entry in entries:
+                    entry.state[LOOKS] = min(entry.state.get(LOOKS, 0) + (not entry.idle), WARM)
 
-    W: Tensor
-    G: Tensor
-    buffers: dict[str, Tensor]
-    o: dict[str, Any]
-    sizes: tuple[int, int, int]
-    state: MutableMapping[str, Any]
-    basis: str
-    unit: int | None = None
-    run: Run | None = None
+    def _of_block(self, entry: Ready, G: Tensor, step: float | Tensor, number: int, lane: Lane, plan: Plan | None) -> Iterator[Piece]:
+        """The pieces of one block of one weight."""
+        state, o, here = entry.state, lane.o, local(entry.W)
+        names = buffers_of(o)
+        tensors = [here, G, *(local(state[name]) for name in names), *([local(state[LOW])] if LOW in state else [])]
+        axes = o.get("axes", plain(entry.W.shape) if o["map"] else ())
 
-    @property
-    def lr(self) -> float:
-        return float(self.o["lr"]) * self.o["lr_scale"]
+        def piece(views: list[Tensor], sizes: tuple[int, int, int], *place: Any) -> Piece:
+            low = views.pop() if LOW in state else None
+            held = dict(zip(names, views[2:], strict=True))
+            vectors = local(state[f"basis{number}"]) if keeps_vectors(o) else None
+            return Piece(views[0], views[1], held, low, lane, step, entry.good, sizes, vectors, entry.warm, *place)
 
-    def direction(self) -> Direction:
-        """Decay the weight, advance the buffers and return Φ."""
-        decay, G = self.o["weight_decay"] * self.o["wd_scale"], self.G
-        if decay != 0:
-            if self.o["update"] == "sgd" and self.o["map"] is None:
-                G = G.add(self.W, alpha=decay)
-            else:
-                self.W.mul_(1 - self.lr * decay)
-        return UPDATES[self.o["update"]](G, self.buffers, self.o)
+        parts = plan.runs.get((entry.position, number)) if plan is not None else None
+        if parts is not None and plan is not None:
+            if keeps_vectors(o) and f"basis{number}" not in state:
+                state[f"basis{number}"] = plan.empty_basis(entry.position, number)
+            for unit_number, run, unit in parts:
+                yield piece([run.view(T) for T in tensors], unit.sizes, unit_number, run)
+            return
+        sizes = (1, 1, here.numel())
+        if axes and (o["map"] is not None or not covers(axes, entry.W.shape)):
+            sizes = block_view(here, axes)[1]
+            tensors = [block_view(T, axes)[0] for T in tensors]
+        if keeps_vectors(o) and f"basis{number}" not in state:
+            state[f"basis{number}"] = empty_basis(here, sizes)
+        yield piece(tensors, sizes)
 
+    def _make_state(self, entries: list[Ready], blocks: list[dict[str, Any]]) -> None:
+        """Buffers of zeros with the weight's shape, device and strides."""
+        names = list(dict.fromkeys(name for o in blocks for name in buffers_of(o)))
+        counts = any(o["update"] == "adam" for o in blocks)
+        for entry in entries:
+            W, state = entry.W, self.state[entry.W]
+            entry.state, entry.warm = state, state.get(LOOKS, 0) >= WARM
+            dtypes = dict.fromkeys(names, _dtype(W, entry.group)) | ({LOW: torch.int16} if _kept(W, entry.group) else {})
+            for name, dtype in dtypes.items():
+                if name not in state:
+                    _refuse_capture()
+                    state[name] = torch.zeros_like(W, dtype=dtype, memory_format=torch.preserve_format)
+            device = W.device if on_device(entry) else torch.device("cpu")
+            if counts and ("step" not in state or state["step"].device != device):
+                _refuse_capture()
+                state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
 
-_Mappable = _Piece | Owned
-
-
-def _tall(piece: _Mappable) -> bool:
-    return piece.sizes[1] > piece.sizes[2]
-
-
-def _batch(piece: _Mappable) -> tuple[Any, ...]:
-    """What the pieces of one batch have in common."""
-    _, out, into = piece.sizes
-    T = piece.W if isinstance(piece, _Piece) else piece.stack
-    options = (piece.o["map"], piece.o["accuracy"], piece.o["strict"], piece.basis in piece.state)
-    return min(out, into), max(out, into), torch.promote_types(T.dtype, torch.float32), T.device, *options
-
-
-def _chunks(pieces: Sequence[_Mappable]) -> Iterator[list[_Mappable]]:
-    """The pieces in batches of at most WORKSPACE bytes, but at least one piece."""
-    batches: dict[tuple[Any, ...], list[_Mappable]] = {}
-    for piece in pieces:
-        batches.setdefault(_batch(piece), []).append(piece)
-    for batch in batches.values():
-        chunk, used = [], 0
-        for piece in batch:
-            size = math.prod(piece.sizes) * _batch(piece)[2].itemsize
-            if chunk and used + size > WORKSPACE:
-                yield chunk
-                chunk, used = [], 0
-            chunk.append(piece)
-            used += size
-        yield chunk
-
-
-def _mapped(pieces: Sequence[_Mappable]) -> Iterator[tuple[Any, Tensor]]:
-    """Each piece with map(Φ), batch by batch; tall matrices go through transposed."""
-    for chunk in _chunks(pieces):
-        working, name = _batch(chunk[0])[2], chunk[0].o["map"]
-        stacks = [
-            (matrices(piece.direction().tensor(), piece.sizes) if isinstance(piece, _Piece) else piece.stack).to(working) for piece in chunk
-        ]
-        stack = torch.cat([stack.mT if _tall(piece) else stack for piece, stack in zip(chunk, stacks, strict=True)])
-        for piece, U in zip(chunk, MAPS[name](stack, chunk).split([piece.sizes[0] for piece in chunk]), strict=True):
-            yield piece, U.mT if _tall(piece) else U
+    def _steps(self, entries: list[Ready]) -> list[Any]:
+        """Which step of each weight this is; counted if it is taken."""
+        counters = [entry.state["step"] for entry in entries]
+        if entries[0].good is None:
+            for entry, counter in zip(entries, counters, strict=True):
+                counter += not entry.idle
+            return [counter.item() for counter in counters]
+        steps = torch._foreach_add(counters, 1)
+        torch._foreach_add_(counters, [entry.good.to(torch.float32) for entry in entries])  # pyright: ignore[reportOptionalMemberAccess]
+        return list(steps)
 
 
-def _map_owned(owned: list[Owned]) -> list[Tensor]:
-    done = {id(piece): U for piece, U in _mapped(owned)}
-    return [done[id(piece)] for piece in owned]
+def _number(entry: Ready, value: float | Tensor) -> float | Tensor:
+    """A number the host may know, or a 0-d tensor it may not read."""
+    if not isinstance(value, Tensor):
+        return value
+    readable = not on_device(entry) or (value.device.type == "cpu" and not entry.group["capturable"] and not torch.compiler.is_compiling())
+    return value.item() if readable else value.reshape(())
 
 
-def _msign(stack: Tensor, pieces: list[_Mappable]) -> Tensor:
-    return msign(stack, accuracy=pieces[0].o["accuracy"])
+def _kept(W: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a weight is kept to more precision than it has."""
+    return group["master"] and W.dtype == torch.bfloat16
 
 
-def _sn(stack: Tensor, pieces: list[_Mappable]) -> Tensor:
-    if pieces[0].o["strict"]:
-        return spectral_normalize(stack, strict=True)
-    A, _, _ = power_of_two(stack)
-    started = pieces[0].basis in pieces[0].state
-    sigma, basis = ritz(A, torch.cat([piece.state[piece.basis] for piece in pieces]) if started else None)
-    for piece, part in zip(pieces, basis.split([piece.sizes[0] for piece in pieces]), strict=True):
-        piece.state[piece.basis] = part.to(piece.W.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    return A / sigma.where(sigma > 0, 1)[:, None, None]
+def _dtype(W: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """The dtype of a weight's buffers."""
+    return torch.float32 if _kept(W, group) else W.dtype
 
 
-def _svc(stack: Tensor, pieces: list[_Mappable]) -> Tensor:
-    scales = [piece.o["clip"] * piece.o["clip_scale"] for piece in pieces for _ in range(piece.sizes[0])]
-    return svc(stack, torch.tensor(scales, dtype=torch.float64, device=stack.device))
+def _refuse_capture() -> None:
+    """State made while a CUDA graph is captured would be made anew by every replay.
 
-
-MAPS: dict[str, Callable[[Tensor, list[_Mappable]], Tensor]] = {"msign": _msign, "sn": _sn, "svc": _svc}
-"""Name -> the map of a stack of matrices (B, m, n), m ≤ n."""
-
-
-RANGES: dict[str, tuple[float, float]] = {
-    "lr": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "momentum": (0, 1),
-    "eps": (0, math.inf),
-    "clip": (0, math.inf),
-    "lr_scale": (0, math.inf),
-    "wd_scale": (0, math.inf),
-    "eps_scale": (0, math.inf),
-    "clip_scale": (0, math.inf),
-    "norm_scale": (0, math.inf),
-}
-"""Option -> [from, below)."""
-
-CHOICES: dict[str, Iterable[Any]] = {
-    "update": UPDATES,
-    "map": (*MAPS, None),
-    "accuracy": SCHEDULES,
-    "nonfinite": ("skip", "raise"),
-    "travel": TRAVEL,
-}
-
-
-def _check(group: dict[str, Any]) -> None:
-    for block in group["blocks"] or ({},):
-        _check_options({**group, **block})
-    names = group.get("param_names", [f"number {i} of its group" for i in range(len(group["params"]))])
-    for name, W in zip(names, group["params"], strict=True):
-        if not W.is_floating_point():
-            raise NotAMatrix(W.shape, f"weight {name}, {W.dtype},", "only real floating point weights can be updated")
-        if group["blocks"] is not None or group["map"] is not None:
-            sharding_of(name, W)
-        if group["blocks"] is None and group["map"] is not None and W.ndim != 2:
-            raise NotAMatrix(
-                W.shape,
-                f"map={group['map']!r} on weight {name}",
-                "put vectors in a group with map=None, update='adam'; convolutions and experts need blocks, which compiler.compile makes",
-            )
-        if group["blocks"] is not None:
-            _check_blocks(name, group["blocks"], W)
-
-
-def _check_options(o: dict[str, Any]) -> None:
-    for name, known in CHOICES.items():
-        if o[name] not in known:
-            raise UnknownName(name, o[name], [str(x) for x in known])
-    if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
-        raise BadOption("lr", o["lr"], "a tensor lr has one element")
-    for name, (low, high) in RANGES.items():
-        if not low <= float(o[name]) < high:
-            raise BadOption(
-                name, o[name], f"a finite number of at least {low:g}" if high == math.inf else f"a number in [{low:g}, {high:g})"
-            )
-    if len(o["betas"]) != 2 or not all(0 <= beta < 1 for beta in o["betas"]):
-        raise BadOption("betas", o["betas"], "two numbers in [0, 1)")
-
-
-def _check_blocks(name: str, blocks: list[dict[str, Any]], W: Tensor) -> None:
-    taken = 0
-    for block in blocks:
-        check_axes(block["axes"], W.shape)
-        taken += math.prod(stop - start for axis in block["axes"] for _, _, start, stop in axis)
-    if taken != W.numel():
-        raise BadOption("blocks", [block["axes"] for block in blocks], f"they hold {taken} of the {W.numel()} entries of weight {name}")
+    Raises:
+        NotReady: if one is.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise NotReady

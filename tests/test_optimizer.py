@@ -13,7 +13,8 @@ from torch.optim import lr_scheduler
 from compiler import SpectralOptimizer, clip_grad_norm_, msign, spectral_norm, svc
 from compiler.blocks import block_view, plain
 from compiler.errors import BadGradient, BadOption, NotAMatrix
-from compiler.optimizer import MAPS, NEW_OPTIONS
+from compiler.maps import MAPS
+from compiler.options import NEW_OPTIONS
 from compiler.updates import UPDATES
 from scaling.errors import UnknownName
 
@@ -145,11 +146,11 @@ def test_batching_over_weights_changes_nothing():
             torch.testing.assert_close(x, y.detach(), atol=1e-9, rtol=0)
 
 
-def test_a_small_workspace_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("map", [*MAPS, None])
+def test_a_small_workspace_changes_nothing(map):
     large, small = twins((6, 10), (10, 6), (6, 10))
-    a = train(SpectralOptimizer(large, 0.1), large)
-    monkeypatch.setattr("compiler.optimizer.WORKSPACE", 1)
-    b = train(SpectralOptimizer(small, 0.1), small)
+    a = train(SpectralOptimizer(large, 0.1, map=map), large)
+    b = train(SpectralOptimizer(small, 0.1, map=map, workspace=1), small)
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y)
 

@@ -1,0 +1,108 @@
+"""Which weights take part in a step: those with a gradient, on any rank, that is finite on all."""
+
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from compiler.shards import local
+
+__all__ = ["Ready", "groups_of", "on_device", "over_any", "read", "watched"]
+
+
+@dataclass
+class Ready:
+    """A weight that may be updated in this step.
+
+    Attributes:
+        position: among all weights of the optimizer.
+        name, W, group: its own.
+        limit: the largest entry of a gradient that spoils no buffer.
+        good: None where the host knows that the weight is updated; else a flag on the device.
+        idle: whether only its state is made.
+        state: of the optimizer.
+        warm: whether SN may start from the vectors in it.
+    """
+
+    position: int
+    name: str
+    W: Tensor
+    group: dict[str, Any]
+    limit: float
+    good: Tensor | None = None
+    idle: bool = False
+    state: dict[str, Any] = field(default_factory=dict)
+    warm: bool = False
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """What this rank has of it."""
+        return None if self.W.grad is None else local(self.W.grad)
+
+
+def on_device(entry: Ready) -> bool:
+    """Whether the host may not ask what becomes of a weight in a step."""
+    return entry.group["capturable"] or entry.W.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def read(entries: list[Ready]) -> Tensor:
+    """Whether each weight has a gradient here, whether it is spoilt, and whether it is anything but zeros: (3, weights), on the CPU."""
+    flags = []
+    for entry in entries:
+        G = entry.gradient
+        if G is None or G.numel() == 0:
+            flags.append((G is not None, False, False))
+        else:
+            low, high = (end.item() for end in G.aminmax())  # NaN if there is a NaN
+            flags.append((True, not (-entry.limit <= low and high <= entry.limit), low != 0 or high != 0))
+    return torch.tensor(flags, dtype=torch.bool).reshape(-1, 3).mT
+
+
+def watched(entries: list[Ready]) -> Tensor:
+    """The same for weights of one device, on that device; nothing is read by the host."""
+    device = entries[0].W.device
+    yes, no = (torch.full((), value, dtype=torch.bool, device=device) for value in (True, False))
+    present = [no if entry.W.grad is None else yes for entry in entries]
+    spoilt, moves = [no] * len(entries), [no] * len(entries)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, entry in enumerate(entries):
+        G = entry.gradient
+        if G is not None and G.numel() > 0:
+            alike.setdefault((G.dtype, entry.limit), []).append(i)
+    for (_, limit), members in alike.items():
+        largest = torch.stack(list(torch._foreach_norm([entries[i].gradient for i in members], ord=math.inf)))  # pyright: ignore[reportArgumentType]
+        for flags, some in ((spoilt, ~largest.le(limit)), (moves, largest != 0)):  # NaN is not within a limit
+            for i, flag in zip(members, some.unbind(), strict=True):
+                flags[i] = flag
+    return torch.stack([*present, *spoilt, *moves]).reshape(3, -1)
+
+
+def groups_of(W: Tensor, shared: ProcessGroup | None) -> tuple[ProcessGroup, ...]:
+    """The groups over whose ranks a weight's gradient may differ."""
+    if isinstance(W, DTensor):
+        return tuple(W.device_mesh.get_group(dim) for dim in range(W.device_mesh.ndim) if W.device_mesh.size(dim) > 1)
+    return () if shared is None else (shared,)
+
+
+def over_any(entries: list[Ready], flags: Tensor, shared: ProcessGroup | None) -> Tensor:
+    """Flags that are set on any rank that has a part or a copy of the weight."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for i, entry in enumerate(entries):
+        together.setdefault(tuple(group.group_name for group in groups_of(entry.W, shared)), []).append(i)
+    columns = list(flags.unbind(1))
+    for members in together.values():
+        agreed = torch.stack([columns[i] for i in members], 1).to(local(entries[members[0]].W).device, torch.uint8)
+        for group in groups_of(entries[members[0]].W, shared):
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
+        for i, column in zip(members, agreed.to(flags.device, torch.bool).unbind(1), strict=True):
+            columns[i] = column
+    return torch.stack(columns, 1)
