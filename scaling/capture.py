@@ -50,6 +50,9 @@ SAME_VALUE = {
 }
 """Operators that hand their first input on: no node, so that graphs of several widths agree."""
 
+DECOMPOSED = {"broadcast_tensors"}
+"""Operators recorded as what they are made of: an expand for each of several values."""
+
 PYTHON_VALUES = {"item": float, "_local_scalar_dense": float, "is_nonzero": bool, "equal": bool, "allclose": bool}
 """Operators that hand a Python number to the forward: made up from what a comparison is taken to say."""
 
@@ -330,6 +333,9 @@ class _Recorder(TorchDispatchMode):
         nodes = tuple(self._node(tensor) for tensor in inputs)
         name = _name(func)
         self.state.last = (str(func), nodes, name)
+        if name in DECOMPOSED:
+            with self:
+                return func.decompose(*args, **kwargs)
         output = self._execute(func, args, kwargs)
         written = _written(func, args)
         if written is None and name in SAME_VALUE and isinstance(output, Tensor) and _is_float(output):

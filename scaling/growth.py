@@ -33,6 +33,7 @@ ANCHORS = {
     "indexed": "taken apart by index",
     "bank": "a number of separate maps",
     "repeated": "a number of repeats",
+    "classes": "classes of a loss",
 }
 
 
@@ -159,7 +160,7 @@ def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
 def _ends(axes: Axes, dim: Dim) -> bool:
     """Whether an axis is one of an input or only leaves the model."""
     facts = _facts(axes, dim)
-    return "input" in facts or ("output" in facts and "summed" not in facts)
+    return bool(facts & {"input", "classes"}) or ("output" in facts and "summed" not in facts)
 
 
 def _known(sizes: Sequence[int], widths: Sequence[int]) -> tuple[sympy.Expr, str]:
@@ -243,12 +244,21 @@ def _spread(axes: Axes, weights: dict, decided: dict[Atom, tuple[bool, str]]) ->
                         changed = True
 
 
+LEAVES_ONLY = "it only leaves the model"
+
+
+def _leaves_only(atom: Atom) -> bool:
+    return "output" in atom.facts and "summed" not in atom.facts
+
+
 def _single(atom: Atom, hub: int) -> tuple[bool, str]:
     for fact, reason in ANCHORS.items():
         if fact in atom.facts:
             return False, reason
-    if "output" in atom.facts and "summed" not in atom.facts:
-        return False, "it only leaves the model"
+    if _leaves_only(atom):
+        return False, LEAVES_ONLY
+    if "constant" in atom.facts and "emitted" not in atom.facts:
+        return False, "of features that no weight makes"
     if atom.size[0] * FAR_SMALLER <= hub:
         return False, f"at least {FAR_SMALLER} times smaller than what grows"
     return True, "not far smaller than what grows"
@@ -261,6 +271,8 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
     total, *_ = axes.size(dim)
     growing = is_hub or total * FAR_SMALLER > size
     if any(decided[atom][0] for leaves in factors for atom in leaves if atom in decided):
+        growing = False
+    if not is_hub and all(_leaves_only(atom) for leaves in factors for atom in leaves):
         growing = False
     dotted = [leaves for leaves in factors if any("dot" in atom.facts for atom in leaves)]
     open_ = [leaves for leaves in factors if not all(atom in decided for atom in leaves) and (is_hub or not _anchored(leaves))]
@@ -276,6 +288,7 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
                     decided[atom] = True, why
                 else:
                     anchor = next((reason for fact, reason in ANCHORS.items() if fact in atom.facts), None)
+                    anchor = anchor or (LEAVES_ONLY if _leaves_only(atom) else None)
                     decided[atom] = (
                         False,
                         anchor or ("head_dim of heads × head_dim" if leaves in dotted else "a factor of a product that grows by another"),

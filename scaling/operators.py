@@ -671,9 +671,15 @@ def resample(call: Call, axes: Axes) -> None:
 
 
 def index(call: Call, axes: Axes) -> None:
-    """x[ids]: indexed axes are looked up, the others pass."""
+    """x[ids]: indexed axes are looked up, the others pass; x[mask]: the axes of the mask become one."""
     dims = _input(call, axes)
     ids = call.get("indices")
+    masks = [(i, len(_values(x))) for i, x in enumerate(ids) if isinstance(x, fx.Node) and _dtype(x) in {torch.bool, torch.uint8}]
+    masks += [(i, x.dim()) for i, x in enumerate(ids) if isinstance(x, torch.Tensor) and x.dtype in {torch.bool, torch.uint8}]
+    if len(masks) == 1 and sum(x is not None for x in ids) == 1:
+        [(at, rank)] = masks
+        axes.dims[call.node] = (*dims[:at], axes.fresh(call.shape[at], "input"), *dims[at + rank :])
+        return None
     ids = list(ids) + [None] * (len(dims) - len(ids))
     looked = [i for i, x in enumerate(ids) if x is not None]
     ranks = [len(_values(x)) if isinstance(x, fx.Node) else x.dim() for x in ids if x is not None]
@@ -745,6 +751,54 @@ def picked(call: Call, axes: Axes) -> None:
     return None
 
 
+def scattered(call: Call, axes: Axes) -> None:
+    """scatter, index_add: the first input's axes; those of the source, but for the one that is picked along, are the same."""
+    dims = _input(call, axes)
+    if len(dims) != len(call.shape):
+        return fresh(call, axes)
+    axes.dims[call.node] = dims
+    which = call.get("dim") % len(dims) if dims else 0
+    for node in call.tensors[1:]:
+        source = axes.dims.get(node, ()) if node is not None else ()
+        if len(source) == len(dims):
+            for i, (a, b) in enumerate(zip(dims, source, strict=True)):
+                if i != which and b and axes.size(a) == axes.size(b):
+                    axes.join(a, b)
+    return None
+
+
+def classified(call: Call, axes: Axes) -> None:
+    """Cross entropy: (b, c, …) or (c), and targets that pick one of the c, or a weight for each. The loss is a number, or has the rest."""
+    dims = _input(call, axes)
+    which = 1 if len(dims) > 1 else 0
+    axes.mark(dims[which], "classes")
+    rest = dims[:which] + dims[which + 1 :]
+    target = axes.dims.get(call.tensors[1], ()) if call.tensors[1] is not None else ()
+    for a, b in zip(dims if len(target) == len(dims) else rest, target, strict=False):
+        axes.join(a, b)
+    axes.dims[call.node] = rest if len(rest) == len(call.shape) else ()
+
+
+def compared(call: Call, axes: Axes) -> None:
+    """A loss of two values of one shape: a number, or entry by entry."""
+    dims, target = _input(call, axes), _input(call, axes, 1)
+    for a, b in zip(reversed(dims), reversed(target), strict=False):
+        if a and b and axes.size(a) == axes.size(b):
+            axes.join(a, b)
+    axes.dims[call.node] = dims if len(dims) == len(call.shape) else ()
+
+
+def pixel_unshuffle(call: Call, axes: Axes) -> None:
+    """(c, h·r, w·r) -> (c·r², h, w)."""
+    dims = _input(call, axes)
+    r = tuple(call.over_widths("downscale_factor"))
+    rows, columns_ = (axes.regroup([dim], [size, r]) for dim, size in zip(dims[-2:], call.shape[-2:], strict=True))
+    if rows is None or columns_ is None:
+        return fresh(call, axes)
+    axes.dims[call.node] = (*dims[:-3], dims[-3] + rows[1] + columns_[1], rows[0], columns_[0])
+    return None
+
+
 def glu(call: Call, axes: Axes) -> None:
     """The two halves of an axis, multiplied."""
     dims = list(_input(call, axes))
@@ -784,6 +838,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed("m k, k n -> m n", "_sparse_mm"),
     _signed(solve, "linalg_solve linalg_solve_triangular"),
     _signed("i, j -> i j", "outer ger"),
+    _signed("... m i, ... n i -> ... m n", "cdist"),
     _signed(bilinear, "bilinear"),
     _signed(grouped_mm, "_grouped_mm grouped_mm"),
     _signed(recurrent, "lstm gru rnn_tanh rnn_relu"),
@@ -823,6 +878,7 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(getitem, "getitem"),
     _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
     _moves(pixel_shuffle, "pixel_shuffle"),
+    _moves(pixel_unshuffle, "pixel_unshuffle"),
     _moves(columns, "im2col col2im"),
     _moves(windows, "unfold"),
     _moves(index, "index"),
@@ -830,7 +886,8 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(
         fresh, "as_strided zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"
     ),
-    _moves(write, "copy index_put slice_scatter select_scatter index_copy masked_scatter index_add"),
+    _moves(write, "copy index_put slice_scatter select_scatter masked_scatter"),
+    _moves(scattered, "scatter scatter_add scatter_reduce index_add index_copy", linear=False),
     _moves(reduce, "sum mean", linear=True),
     _moves(
         reduce, "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean", linear=False
@@ -849,8 +906,15 @@ _ROWS: list[dict[str, Operator]] = [
         linear=False,
     ),
     _moves(grid, "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn"),
-    _moves(picked, "topk sort gather scatter scatter_add scatter_reduce take_along_dim", linear=False),
+    _moves(picked, "topk sort gather take_along_dim", linear=False),
     _moves(glu, "glu", linear=False),
+    # losses
+    _moves(classified, "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d", linear=False),
+    _moves(
+        compared,
+        "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div poisson_nll_loss",
+        linear=False,
+    ),
 ]
 
 

@@ -24,6 +24,9 @@ DATA_FIRST = {
 }
 """Operators whose first argument is data: a weight there (learned queries) enters the stream of values."""
 
+FACTS = {"in": "summed", "lookup": "looked_up", "out": "emitted"}
+"""What a weight's use tells of the dimension of one of its axes."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -62,7 +65,7 @@ def joined_axes(graph: LayerGraph) -> tuple[Axes, tuple[str, ...]]:
         if node.op == "placeholder":
             axes.dims[node] = tuple(axes.fresh(size, "input") for size in call.shape)
         elif node.op == "get_attr":
-            axes.dims[node] = tuple(axes.fresh(size) for size in call.shape)
+            axes.dims[node] = tuple(axes.fresh(size, *(() if call.names else ("constant",))) for size in call.shape)
         elif not apply(call, axes):
             without[call.name] = None
     for node in graph.outputs:
@@ -154,7 +157,7 @@ def _mark(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node, bound: tu
     for dim, part in _labelled(graph, call, operand, axes, bound):
         if part == "copy" and sums and len(axes.dims[operand]) > 2:
             axes.mark(dim, "bank")
-        axes.mark(dim, {"in": "summed", "lookup": "looked_up"}.get(part, "used"))
+        axes.mark(dim, FACTS.get(part, "used"))
 
 
 def _use(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...]) -> WeightUse:

@@ -32,6 +32,8 @@ def recurrent(gates, hidden=3, inputs=4):
 
 FOURIER = ("fft", "ifft", "rfft", "irfft", "hfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn")
 
+CLASSES = torch.tensor([[0, 1, 2], [4, 3, 0]])
+
 EXAMPLES = {
     "linear": (lambda x, w, b: F.linear(x, w, b), (R(2, 3), R(4, 3), R(4))),
     "matmul": (torch.matmul, (R(2, 5, 3), R(2, 3, 4))),
@@ -44,6 +46,7 @@ EXAMPLES = {
     "addmm": (torch.addmm, (R(4), R(2, 3), R(3, 4))),
     "baddbmm": (torch.baddbmm, (R(2, 5, 4), R(2, 5, 3), R(2, 3, 4))),
     "einsum": (lambda a, b: torch.einsum("bcd,edf->bef", a, b), (R(2, 5, 3), R(4, 3, 6))),
+    "cdist": (torch.cdist, (R(2, 5, 3), R(2, 4, 3))),
     "outer": (torch.outer, (R(3), R(4))),
     "ger": (torch.ger, (R(3), R(4))),
     "bilinear": (F.bilinear, (R(2, 3), R(2, 4), R(5, 3, 4), R(5))),
@@ -153,6 +156,7 @@ EXAMPLES = {
     "rot90": (lambda x: torch.rot90(x, 2), (R(3, 4),)),
     "fill": (lambda x: torch.fill(x, 1.0), (R(3, 3),)),
     "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), (R(2, 12, 3, 5),)),
+    "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x, 2), (R(2, 3, 4, 6),)),
     "im2col": (lambda x: F.unfold(x, 2), (R(1, 3, 4, 4),)),
     "col2im": (lambda x: F.fold(x, (3, 3), 2), (R(1, 12, 4),)),
     "unfold": (lambda x: x.unfold(1, 2, 1), (R(2, 4, 3),)),
@@ -222,6 +226,23 @@ EXAMPLES = {
     "scatter_reduce": (lambda x, y: x.scatter_reduce(1, torch.tensor([[0, 2], [1, 3]]), y, "sum"), (R(2, 5), R(2, 2))),
     "take_along_dim": (lambda x: x.take_along_dim(torch.tensor([[0, 2], [1, 1]]), 1), (R(2, 5),)),
     "glu": (lambda x: F.glu(x, 1), (R(2, 6),)),
+    "cross_entropy_loss": (lambda x: F.cross_entropy(x, CLASSES, reduction="none"), (R(2, 5, 3),)),
+    "nll_loss": (lambda x: torch.ops.aten.nll_loss(x, CLASSES[:, 0], None, 0), (R(2, 5),)),
+    "nll_loss_nd": (lambda x: F.nll_loss(x, CLASSES, reduction="none"), (R(2, 5, 3),)),
+    "nll_loss2d": (lambda x: torch.ops.aten.nll_loss2d(x, CLASSES[..., None], None, 0), (R(2, 5, 3, 1),)),
+    **{
+        name: (lambda x, y, loss=loss: loss(x.sigmoid(), y.sigmoid(), reduction="none"), (R(2, 3), R(2, 3)))
+        for name, loss in {
+            "mse_loss": F.mse_loss,
+            "l1_loss": F.l1_loss,
+            "smooth_l1_loss": F.smooth_l1_loss,
+            "huber_loss": F.huber_loss,
+            "binary_cross_entropy": F.binary_cross_entropy,
+            "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
+            "kl_div": F.kl_div,
+            "poisson_nll_loss": F.poisson_nll_loss,
+        }.items()
+    },
 }
 NO_VALUES = {
     "aten.grouped_mm": "the public name of _grouped_mm",
@@ -310,8 +331,6 @@ PERMUTED = {
     "group_norm",
     "gru",
     "gru_cell",
-    "index_add",
-    "index_copy",
     "index_put",
     "instance_norm",
     "layer_norm",

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sympy import Rational, sqrt
+from sympy import Rational, oo, sqrt
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from scaling import derive
+from scaling import derive, flow
 from scaling.limits import WIDTH
 
 d = WIDTH
@@ -326,3 +326,98 @@ def test_mixtral_mamba_and_t5_from_their_configs_have_every_expert_state_and_tab
     for table in (mixtral, mamba, t5):
         assert table.coverage.unreached == table.coverage.operators_without_rule == ()
         assert all(c.known for c in table.classes)
+
+
+class Steps(nn.Module):
+    """A diffusion transformer's ends: sinusoids of the time step go in, patches of 2 × 2 pixels come out."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.time, self.mid, self.out = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, 2 * 2 * 8)
+
+    def forward(self, t):
+        angles = t[:, None] * torch.exp(-torch.arange(32) / 32)
+        x = self.out(self.mid(torch.cat([angles.cos(), angles.sin()], -1) @ self.time.weight.T).relu())
+        return torch.einsum("bpqc->bcpq", x.view(-1, 2, 2, 8))
+
+
+def test_sinusoids_are_an_input_and_patches_an_output_from_one_model_too():
+    for table in (derive(Steps, (torch.ones(3),), widths=(64, 96)), derive(Steps(64), (torch.ones(3),))):
+        assert [table[f"{name}.weight"].role for name in ("time", "mid", "out")] == ["input", "hidden", "output"]
+
+
+class Loss(nn.Module):
+    """What people write who let the model return its loss."""
+
+    def __init__(self, loss, width=64):
+        super().__init__()
+        self.embed, self.mid, self.head, self.loss = nn.Embedding(30, width), nn.Linear(width, width), nn.Linear(width, 30), loss
+
+    def forward(self, ids, targets):
+        logits = self.head(self.mid(self.embed(ids)).relu())
+        return self.loss(logits.flatten(0, 1), targets.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (F.cross_entropy, torch.ones(2, 8, dtype=torch.long)),
+        (lambda x, y: F.nll_loss(x.log_softmax(-1), y), torch.ones(2, 8, dtype=torch.long)),
+        (F.mse_loss, torch.ones(2, 8, 30)),
+        (F.binary_cross_entropy_with_logits, torch.ones(2, 8, 30)),
+    ],
+    ids=["cross_entropy", "nll_loss", "mse_loss", "bce"],
+)
+def test_a_readout_that_only_a_loss_sees_is_an_output(loss, targets):
+    ids = torch.ones(2, 8, dtype=torch.long)
+    for table in (derive(lambda width: Loss(loss, width), (ids, targets), widths=(64, 96)), derive(Loss(loss), (ids, targets))):
+        assert [rule.role for rule in table if rule.name.endswith("weight")] == ["embedding", "hidden", "output"]
+        moved = flow(table, "adam")
+        assert not moved.unknown
+        assert {value.change for value in moved.values} <= {0, -oo}  # the targets do not move
+
+
+class Graph(nn.Module):
+    """Messages along edges, summed at their ends."""
+
+    def __init__(self, width, how):
+        super().__init__()
+        self.lift, self.mid, self.out, self.how = nn.Linear(16, width), nn.Linear(width, width), nn.Linear(width, 7), how
+
+    def gather(self, x, edges):
+        messages, ends = x[edges[0]], edges[1]
+        if self.how == "index_add":
+            return x.new_zeros(x.shape).index_add_(0, ends, messages)
+        return x.new_zeros(x.shape).scatter_add_(0, ends[:, None].expand_as(messages), messages)
+
+    def forward(self, x, edges):
+        for layer in (self.lift, self.mid, self.out):
+            x = self.gather(layer(x), edges)
+        return x
+
+
+@pytest.mark.parametrize("how", ["index_add", "scatter_add"])
+def test_features_pass_a_scatter_over_edges(how):
+    args = (torch.ones(10, 16), torch.arange(40).view(2, 20) % 10)
+    table = derive(Graph(64, how), args)
+    assert [table[f"{name}.weight"].role for name in ("lift", "mid", "out")] == ["input", "hidden", "output"]
+
+
+class Codes(nn.Module):
+    """Vector quantisation: the nearest row of a codebook, with the straight-through gradient."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lift, self.codes, self.out = nn.Linear(16, width), nn.Embedding(32, width), nn.Linear(width, 16)
+
+    def forward(self, x):
+        z = self.lift(x)
+        q = self.codes(torch.cdist(z, self.codes.weight).argmin(-1))
+        return self.out(z + (q - z).detach())
+
+
+def test_a_codebook_is_an_embedding_whatever_finds_its_nearest_row():
+    """Row 38."""
+    table = derive(Codes, (torch.ones(4, 16),), widths=(64, 96))
+    assert table["codes.weight"].role == "embedding"
+    assert table["codes.weight"].fan_in == 1

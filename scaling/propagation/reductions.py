@@ -1,4 +1,4 @@
-"""Sums, means, norms and softmax over axes."""
+"""Sums, means, norms, softmax and losses over axes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scaling.orders import UNKNOWN, ZERO, Exponent, Pieces, State, joined, least
 from scaling.propagation.context import HALF, Context, Result, Rule, Values, largest, nothing
 from scaling.propagation.pointwise import positive, powered, unary
 
-__all__ = ["deviation", "extreme", "mean", "norm_of", "over", "softmax", "sum_of", "summed", "variance"]
+__all__ = ["deviation", "difference", "entropy", "extreme", "mean", "norm_of", "over", "softmax", "sum_of", "summed", "variance"]
 
 
 def _reduced(context: Context, call: Call) -> Fraction:
@@ -84,3 +84,40 @@ def softmax(context: Context, call: Call, values: Values) -> Result | None:
         return (State.of(top(s.init, ZERO), top(s.init, ZERO), s.change, s.roots), ZERO) if order == 0 else (UNKNOWN, None)
 
     return unary(log_curve if "log" in call.name else curve)(context, call, values)
+
+
+def _mean_of(context: Context, call: Call) -> Fraction:
+    """The power of d in the number of entries that a loss is the mean over."""
+    node = call.tensors[0]
+    return context.orders(node) if node is not None and call.get("reduction", MEAN) == MEAN else ZERO
+
+
+MEAN = 1
+"""torch's number for reduction="mean"."""
+
+
+def entropy(context: Context, call: Call, values: Values) -> Result | None:
+    """Losses of logits or log-probabilities: at least Θ(1), with a gradient that is bounded; over classes that do not grow."""
+    if _mean_of(context, call):
+        return None
+    return over(values, lambda x: State.of(top(x.init, ZERO), top(x.init, ZERO), x.change, x.roots), lambda x: ZERO)
+
+
+def difference(power: int) -> Rule:
+    """Losses |x - y|ᵖ: entry by entry, their sum, or their mean."""
+
+    def rule(context: Context, call: Call, values: Values) -> Result | None:
+        pair = [value.whole(joined) for value in values[:2] if value is not None]
+        if not pair:
+            return None
+        apart, order = joined(pair), _mean_of(context, call)
+        size = powered(power)(apart)[0]
+        slope = plus(apart.after, Fraction(-order)) if power == 2 else -order
+
+        def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+            back = Pieces.of(plus(d.whole(largest), slope))
+            return [None if value is None else back for value in values]
+
+        return Pieces.of(size), pull
+
+    return rule

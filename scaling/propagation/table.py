@@ -50,6 +50,9 @@ _ROWS: list[tuple[Rule, str]] = [
     (reductions.norm_of, "norm linalg_vector_norm"),
     (reductions.softmax, "softmax _softmax log_softmax _log_softmax"),
     (normalisation, "layer_norm rms_norm batch_norm group_norm instance_norm"),
+    (reductions.entropy, "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d binary_cross_entropy binary_cross_entropy_with_logits kl_div"),
+    (reductions.difference(2), "mse_loss"),
+    (reductions.difference(1), "l1_loss smooth_l1_loss huber_loss"),
     # layers in one operator
     (contraction, "einsum"),
     (attention, "scaled_dot_product_attention"),
