@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 from torch import nn
@@ -17,19 +17,17 @@ from torch import nn
 from scaling.capture import unwrap
 from scaling.derive import derive
 from scaling.errors import CannotMeasure
-from scaling.folding import fold, template
+from scaling.findings import Finding, Kind, LintReport, Severity
+from scaling.folding import template
 from scaling.limits import WIDTH, exponent
 from scaling.notation import formula
-from scaling.observed import Group, Init, deviation, groups_of, inits, multipliers, optimizers_in, slope
-from scaling.optimizers import DEGREES
-from scaling.records import Block, Contraction, Exact, Record, ScalingTable, Source, WeightRule
+from scaling.observed import Init, deviations, inits, multipliers, slope
+from scaling.records import Block, Contraction, ScalingTable, Source, WeightRule
+from scaling.response import Response, memberships, optimizers_in, responses
 from scaling.training import seeded
 from scaling.uses import WeightUse, uses_of
 
 __all__ = ["Finding", "LintReport", "lint"]
-
-Kind = Literal["init", "mean", "lr", "multiplier", "attention", "weight_decay", "eps", "group", "matrix optimizer", "unused"]
-Severity = Literal["error", "warning", "note"]
 
 TOLERANCE = 0.06
 """How far, in powers of d, a learning rate or multiplier may be from its law: room for rounded widths, a quarter of the smallest fault."""
@@ -39,63 +37,6 @@ NEGLIGIBLE = 1e-3
 """ε over the size of a gradient entry, up to which Adam does not feel it (THEORY P44: at 1e-2 it does)."""
 
 
-class Finding(Record):
-    """One fault: what of which weights, its value as a power of d, what it should be, and the factor that is missing."""
-
-    kind: Kind
-    severity: Severity
-    weights: tuple[str, ...]
-    what: str
-    found: str
-    expected: str
-    factor: Exact | None
-    where: Source | None
-    fix: str
-
-    @property
-    def weight(self) -> str:
-        """The first of the weights."""
-        return self.weights[0] if self.weights else ""
-
-    def __str__(self) -> str:
-        mark = {"error": "✗", "warning": "!", "note": "·"}[self.severity]
-        lines = [f"{mark} {self.what}: {', '.join(fold(self.weights))}", f"    is {self.found}, should be {self.expected}"]
-        return "\n".join([*lines, f"    fix: {self.fix}", *([f"    at {self.where}"] if self.where else [])])
-
-
-class LintReport(Record):
-    """All findings. `passed`: no finding is an error; notes are choices that others made on purpose."""
-
-    model: str
-    widths: tuple[int, ...]
-    optimizers: tuple[str, ...]
-    weights: int
-    findings: tuple[Finding, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether there is no error."""
-        return not any(finding.severity == "error" for finding in self.findings)
-
-    @property
-    def faults(self) -> tuple[Finding, ...]:
-        """The findings that are no mere notes."""
-        return tuple(finding for finding in self.findings if finding.severity != "note")
-
-    def to_json(self) -> str:
-        """All of it as JSON."""
-        return self.model_dump_json(indent=1)
-
-    def __str__(self) -> str:
-        verdict = "passed" if self.passed else f"failed: {sum(f.severity == 'error' for f in self.findings)} faults"
-        widths = ", ".join(map(str, self.widths))
-        last = f"{verdict}; {self.model}, {self.weights} weights, {' and '.join(self.optimizers)}, widths {widths}"
-        return "\n".join([*map(str, self.findings), last])
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def lint(
     build: Callable[[int], tuple[nn.Module, Any]],
     args: Any = None,
@@ -103,50 +44,81 @@ def lint(
     *,
     kwargs: dict[str, Any] | None = None,
     seeds: Sequence[int] = (0, 1),
+    clip: float | Callable[[int], float] | None = None,
     **options: Any,
 ) -> LintReport:
     """Compares a user's own parametrization with the one derived from the model, weight by weight.
 
+    What an optimizer does is not looked up: copies of it are stepped on made-up gradients (`scaling.response`), so any will do. Of
+    torch's own optimizers the keys `lr_scale` and `lr_mult` of a group count as factors on lr, which the training loop applies.
+
     Args:
-        build: width -> (model, optimizer), the user's own code; several optimizers as a list, tuple or dict.
+        build: width -> (model, optimizer), the user's own code; several optimizers as a list, tuple or dict. It is called once per
+            width and seed, and what it returns is left as it is.
         args: the model's inputs, as for `derive`; or a function of the width.
         widths: at least two, wide enough that no axis is of length 1.
         kwargs: the model's keyword inputs.
         seeds: models per width from which the init is measured.
+        clip: the max_norm of `torch.nn.utils.clip_grad_norm_`, if the training loop clips by it; or a function of the width.
         options: what else `derive` takes (`fixed`, `grows`).
 
     Raises:
-        CannotMeasure: if `build` does not return a model and its optimizer, or the optimizer's update is not known.
+        CannotMeasure: if `build` does not return new models of these widths and their optimizers, or an optimizer cannot be stepped.
         ScalingError: what `derive` raises.
     """
-    if len(set(widths)) < 2:
+    widths = tuple(dict.fromkeys(widths))
+    if len(widths) < 2:
         what = f"widths={list(widths)} has no two widths to compare"
         raise CannotMeasure(what, "pass at least two, as widths=(64, 128, 256)")
-    models: dict[int, list[nn.Module]] = {width: [] for width in widths}
-    groups: dict[int, dict[str, list[Group]]] = {}
-    for width in widths:
-        for seed in seeds:
-            with seeded(seed):
-                model, optimizer = _pair(build, width)
-            models[width].append(unwrap(model))
-            groups[width] = groups_of(unwrap(model), optimizers_in(optimizer))
+    built = {width: [_built(build, width, seed) for seed in seeds] for width in widths}
+    models = {width: [model for model, _ in pairs] for width, pairs in built.items()}
+    _check(models)
     table = derive(lambda width: models[width][0], args, kwargs, widths=widths, **options)
-    linter = _Linter(table, tuple(widths), inits(models, table), groups)
+    groups = memberships(*built[widths[0]][0])
+    updates = {width: responses(*pairs[0], table, width) for width, pairs in built.items()}
+    thresholds = None if clip is None else tuple(float(clip(width) if callable(clip) else clip) for width in widths)
+    linter = _Linter(table, widths, inits(models, table), groups, updates, thresholds)
     return LintReport(
         model=table.model,
-        widths=tuple(widths),
-        optimizers=tuple(dict.fromkeys(g.optimizer for found in groups[widths[0]].values() for g in found)),
+        widths=widths,
+        optimizers=tuple(dict.fromkeys(type(one).__name__ for one in built[widths[0]][0][1])),
         weights=len(table),
         findings=_gathered(linter.findings()),
     )
 
 
-def _pair(build: Callable[[int], Any], width: int) -> tuple[nn.Module, Any]:
-    pair = build(width)
-    if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module):
-        return pair
-    what = f"build({width}) returned {type(pair).__name__}, not a pair (model, optimizer)"
-    raise CannotMeasure(what, "return model, optimizer")
+def _built(build: Callable[[int], Any], width: int, seed: int) -> tuple[nn.Module, list[Any]]:
+    with seeded(seed):
+        pair = build(width)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module)):
+        kind = f"({', '.join(type(one).__name__ for one in pair)})" if isinstance(pair, tuple) else f"a {type(pair).__name__}"
+        what = f"build({width}) returned {kind}, not a pair (model, optimizer)"
+        raise CannotMeasure(what, "return model, optimizer; several optimizers as a list")
+    model, optimizers = unwrap(pair[0]), optimizers_in(pair[1])
+    own = {id(weight) for weight in model.parameters()}
+    if not any(id(weight) in own for one in optimizers for group in one.param_groups for weight in group["params"]):
+        what = f"build({width}) returned an optimizer that has none of the model's weights"
+        raise CannotMeasure(what, "make the optimizer after the model is final: from model.parameters() of the model that is returned")
+    if any(weight.is_meta for weight in model.parameters()):
+        what = f"build({width}) returned a model on the meta device, whose weights have no values"
+        raise CannotMeasure(what, "build it on the CPU: lint reads the initial weights")
+    return model, optimizers
+
+
+def _check(models: dict[int, list[nn.Module]]) -> None:
+    every = [model for seeds in models.values() for model in seeds]
+    if len({id(model) for model in every}) < len(every):
+        raise CannotMeasure("build returned the same model twice", "make a new model and optimizer in every call of build")
+    shapes = {width: {name: tuple(weight.shape) for name, weight in seeds[0].named_parameters()} for width, seeds in models.items()}
+    (width, first), *rest = shapes.items()
+    for other, second in rest:
+        if first == second:
+            what = f"build({width}) and build({other}) returned models of the same shapes"
+            raise CannotMeasure(what, "make the model's width follow build's argument: lint compares the factors of several widths")
+        if list(first) != list(second):
+            name = next(iter(first.keys() ^ second.keys()), "their order")
+            what = f"build({width}) and build({other}) returned models of different weights: {name}"
+            raise CannotMeasure(what, "keep the depth and everything else as it is and change the width alone")
 
 
 def _gathered(findings: Iterator[Finding]) -> tuple[Finding, ...]:
@@ -175,21 +147,47 @@ class _Part:
     ratio: sympy.Expr
     numbers: tuple[float, ...]
     init: Init
-    groups: tuple[Group, ...]
+    updates: tuple[Response, ...]
     bias: bool
 
     @property
-    def family(self) -> str:
-        return self.groups[0].family
+    def degree(self) -> sympy.Expr:
+        """That of the update in the gradient."""
+        return self.updates[0].degree
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is updated as a whole, so that lr is meant for its norm."""
+        return self.degree == 0 and not self.updates[0].by_rows
 
     def scale(self, folded: sympy.Expr) -> sympy.Expr:
         """multiplier·init_std as wanted."""
         return self.block.multiplier * self.ratio * self.block.init_std / folded
 
     def rate(self, folded: sympy.Expr) -> sympy.Expr:
-        """multiplier^(1+p)·lr as wanted."""
-        shift = 1 + DEGREES[self.family]
-        return (self.block.multiplier * self.ratio / folded) ** shift * self.block.lr[self.family]
+        """multiplier^(1+p)·lr as wanted: the entries that a gradient of its usual size γ is to move by, over γ^p."""
+        p, lr = self.degree, self.block.lr
+        law = lr["muon"] if self.matrix else lr["sgd"] if p == 1 else lr["adam"] / self.block.eps**p
+        return (self.block.multiplier * self.ratio / folded) ** (1 + p) * law
+
+    def rates(self, widths: Sequence[int]) -> list[float]:
+        """The learning rates, times what the optimizer multiplies them by: per entry, or per spectral norm of a matrix."""
+        fans = self.block.fan_in * self.block.fan_out if self.matrix else sympy.Integer(1)
+        return [one.rate * _at(fans, width) ** 0.5 for one, width in zip(self.updates, widths, strict=True)]
+
+    def gradients(self, widths: Sequence[int], folded: sympy.Expr) -> list[float]:
+        """The usual size of a gradient entry, up to one constant for the model."""
+        return [_at(self.block.eps * folded / (self.block.multiplier * self.ratio), width) for width in widths]
+
+
+def _fitting(powers: tuple[float, float], tolerance: float) -> float:
+    """The departure from a law's limit, unless its finite form fits."""
+    limit, finite = powers
+    return finite if abs(finite) <= min(tolerance, abs(limit)) else limit
+
+
+def _at(expression: sympy.Expr, width: int) -> float:
+    return float(expression.subs(dict.fromkeys(expression.free_symbols, width)))
 
 
 class _Linter:
@@ -198,9 +196,12 @@ class _Linter:
         table: ScalingTable,
         widths: tuple[int, ...],
         init: dict[str, tuple[Init, ...]],
-        groups: dict[int, dict[str, list[Group]]],
+        groups: dict[str, tuple[str, ...]],
+        updates: dict[int, dict[str, tuple[Response, ...]]],
+        thresholds: tuple[float, ...] | None,
     ) -> None:
         self.table, self.widths, self.init, self.groups = table, widths, init, groups
+        self.updates, self.thresholds = updates, thresholds
         trace = table.trace
         dots = [dot for dot in uses_of(trace.graph, trace.growth.axes)[1] if trace.growth.grows(dot.dim)]
         self.numbers = multipliers(trace.graph, trace.uses, dots)
@@ -218,16 +219,17 @@ class _Linter:
                 yield _attention(contraction, missing)
         for rule in self.table:
             yield from self._of(rule, unfolded=bool(set(rule.names) & unfolded))
+        yield from self._clipping(unfolded)
 
     def _coverage(self) -> Iterator[Finding]:
-        for name, found in self.groups[self.widths[0]].items():
+        for name, found in self.groups.items():
             if len(found) == 1:
                 continue
-            several = f"{len(found)} ({', '.join(g.optimizer for g in found)})"
+            several = f"in {len(found)} ({', '.join(found)})" if found else "in none"
             fix = "put it in one param group" if not found else "leave it in one of them"
             where = self.table[name].uses[0].source if name in self.table and self.table[name].uses else None
             yield Finding(
-                kind="group", severity="error", weights=(name,), what="param groups", found=several if found else "in none",
+                kind="group", severity="error", weights=(name,), what="param groups of a trainable weight", found=several,
                 expected="in exactly one", factor=None, where=where, fix=fix,
             )  # fmt: skip
         for name in self.table.coverage.unreached:
@@ -237,9 +239,9 @@ class _Linter:
             )  # fmt: skip
 
     def _parts(self, rule: WeightRule) -> Iterator[_Part]:
-        found = [self.groups[width].get(rule.name) or [] for width in self.widths]
-        if any(len(groups) != 1 for groups in found):
+        if len(self.groups[rule.name]) != 1:
             return
+        found = [self.updates[width][rule.name] for width in self.widths]
         uses = self.uses.get(rule.name, [])
         own = rule.uses if len(rule.uses) == len(uses) else rule.uses[:1]
         for k, (use, place) in enumerate(zip(own, uses, strict=False)):
@@ -251,7 +253,7 @@ class _Linter:
                     ratio=use.multiplier / own[0].multiplier if k else sympy.Integer(1),
                     numbers=self.numbers[place],
                     init=init,
-                    groups=tuple(groups[0].part(i) for groups in found),
+                    updates=tuple(blocks[i] for blocks in found),
                     bias=place.call.get("bias") is place.operand,
                 )
 
@@ -269,20 +271,27 @@ class _Linter:
         parts = [part for name in contraction.folded for part in self._parts(self.table[name]) if part.block.target != 1]
         moved = [self._moved(part, sympy.Integer(1)) for part in parts]
         return bool(parts) and all(
-            abs(value) <= TOLERANCE + self._noise(part) for part, pair in zip(parts, moved, strict=True) for value in pair
+            abs(power) <= TOLERANCE + self._noise(part)
+            for part, (scale, rate) in zip(parts, moved, strict=True)
+            for power in (min(scale, key=abs), rate)
         )
 
     def _noise(self, part: _Part) -> float:
         """The sampling error of a fitted standard deviation, four of them."""
         return 0.0 if part.init.zero or not any(part.init.std) else NOISE + 4 / (2 * part.init.count) ** 0.5
 
-    def _moved(self, part: _Part, folded: sympy.Expr) -> tuple[float, float]:
-        """The powers of d by which multiplier·init_std and multiplier^(1+p)·lr are too large; `derive` has seen the forward's."""
-        scale = 0.0
-        if not part.init.zero:
-            scale = deviation(self.widths, part.init.size, part.scale(folded)) if all(part.init.size) else 0.0
-        rates = [group.lr for group in part.groups]
-        return scale, deviation(self.widths, rates, part.rate(folded)) if all(rates) else 0.0
+    def _moved(self, part: _Part, folded: sympy.Expr) -> tuple[tuple[float, float], float]:
+        """The powers of d by which multiplier·init_std and multiplier^(1+p)·lr are too large; `derive` has seen the forward's.
+
+        The first from its limit and from its finite form; the second from whichever fits, the limit if neither does.
+        """
+        scale, rate = (0.0, 0.0), (0.0, 0.0)
+        if all(part.init.size):
+            scale = deviations(self.widths, part.init.size, part.scale(folded))
+        rates = part.rates(self.widths)
+        if all(rates):
+            rate = deviations(self.widths, rates, part.rate(folded))
+        return scale, _fitting(rate, TOLERANCE)
 
     def _mean(self, part: _Part) -> Iterator[Finding]:
         """A matrix with two growing fans needs mean 0: a mean μ adds μ·√(fan_in·fan_out) to its norm (TP5, App. B)."""
@@ -298,25 +307,28 @@ class _Linter:
             )  # fmt: skip
 
     def _invariants(self, part: _Part, folded: sympy.Expr) -> Iterator[Finding]:
-        scale, rate = self._moved(part, folded)
-        shift = 1 + DEGREES[part.family]
-        off_scale, off_rate = abs(scale) > TOLERANCE + self._noise(part), abs(rate) > TOLERANCE
-        if part.family == "muon" and part.block.lookup:
+        (limit, finite), rate = self._moved(part, folded)
+        shift, noise = 1 + float(part.degree), TOLERANCE + self._noise(part)
+        off_rate = abs(rate) > TOLERANCE
+        if not any(one.rate for one in part.updates):
+            yield _still(part)
+            return
+        if part.matrix and part.block.lookup:
             yield _lookup(part)
             off_rate, rate = False, 0.0
         multiplier = 0.0
-        if off_scale and off_rate and abs(rate - shift * scale) <= TOLERANCE * shift + self._noise(part):
-            multiplier = _nearest(scale)
+        if off_rate and abs(limit) > noise and abs(rate - shift * limit) <= TOLERANCE * shift + self._noise(part):
+            multiplier = _nearest(limit)
             yield self._multiplier(part, multiplier, shift)
-            off_scale = off_rate = False
-        if off_scale:
+            off_rate = False
+        elif abs(scale := _fitting((limit, finite), noise)) > noise:
             yield self._init(part, scale)
         if off_rate:
             yield self._lr(part, rate)
         yield from self._decay(part, _nearest(rate) if off_rate else 0.0)
         yield from self._epsilon(part, multiplier, folded)
 
-    def _multiplier(self, part: _Part, power: float, shift: int) -> Finding:
+    def _multiplier(self, part: _Part, power: float, shift: float) -> Finding:
         own = slope(self.widths, part.numbers) if len(set(part.numbers)) > 1 else 0.0
         instead = f"or its init by {_factor(-power)} and its lr by {_factor(-shift * power)}"
         return _finding(
@@ -345,13 +357,13 @@ class _Linter:
         )
 
     def _lr(self, part: _Part, power: float) -> Finding:
-        own, nearest = slope(self.widths, [group.lr for group in part.groups]), _nearest(power)
-        chosen = part.block.role == "embedding" and part.family == "adam" and abs(power + 0.5) <= TOLERANCE
+        own, nearest = slope(self.widths, part.rates(self.widths)), _nearest(power)
+        chosen = part.block.role == "embedding" and part.degree == 0 and not part.matrix and abs(power + 0.5) <= TOLERANCE
         fix = "none needed: u-muP's choice of an embedding lr (THEORY 2.4, D4)" if chosen else ""
         return _finding(
             part,
             "lr",
-            f"learning rate of {_a(part)} under {part.groups[0].optimizer}",
+            f"learning rate{' times scale factor' * part.matrix} of {_a(part)} under {part.updates[0].optimizer}",
             _power(own),
             _power(own - nearest),
             -nearest,
@@ -360,33 +372,69 @@ class _Linter:
         )
 
     def _decay(self, part: _Part, rate: float) -> Iterator[Finding]:
-        if part.groups[0].l2:
+        if any(one.l2 for one in part.updates):
             fix = "use AdamW: Adam divides the decay by the gradient's size, which has another power of d (TP5, B.3)"
-            yield _finding(part, "weight_decay", f"weight decay of {_a(part)}", "an L2 term inside Adam", "decoupled", None, fix)
+            found = f"an L2 term inside {part.updates[0].optimizer}"
+            yield _finding(part, "weight_decay", f"weight decay of {_a(part)}", found, "decoupled", None, fix)
             return
-        fractions = [group.weight_decay for group in part.groups]
-        if not all(fractions):
+        fractions = [one.decay for one in part.updates]
+        if not all(fraction > 0 for fraction in fractions):
             return
-        power = slope(self.widths, fractions) - rate
+        coupled = part.updates[0].coupled
+        mended = rate if coupled else 0.0
+        power = slope(self.widths, fractions) - mended
         if abs(power) > TOLERANCE:
             nearest = _nearest(power)
-            fix = f"multiply its weight_decay by {_factor(-nearest)}: what its lr is divided by"
-            what = f"fraction of {_a(part)} decayed per step, lr·weight_decay" + (", once its lr is mended" if rate else "")
+            why = "what its lr is divided by" if coupled else "here lr does not multiply it, so it stays as it is at all widths"
+            what = f"fraction of {_a(part)} decayed per step, {'lr·weight_decay' if coupled else 'weight_decay without lr'}"
+            what += ", once its lr is mended" if mended else ""
+            fix = f"multiply its weight_decay by {_factor(-nearest)}: {why}"
             yield _finding(part, "weight_decay", what, _power(power), _power(0.0), -nearest, fix)
 
     def _epsilon(self, part: _Part, multiplier: float, folded: sympy.Expr) -> Iterator[Finding]:
-        eps = [group.eps for group in part.groups]
-        if part.family != "adam" or not all(eps):
+        eps = [one.eps for one in part.updates]
+        if part.degree != 0 or part.matrix or not all(eps):
             return
-        wanted = part.block.eps * folded / (part.block.multiplier * part.ratio)
-        entries = [float(wanted.subs(dict.fromkeys(wanted.free_symbols, width))) * width**-multiplier for width in self.widths]
+        entries = [g * width**-multiplier for g, width in zip(part.gradients(self.widths, folded), self.widths, strict=True)]
         ratios = [e / g for e, g in zip(eps, entries, strict=True)]
         power = slope(self.widths, ratios)
         if max(ratios) > NEGLIGIBLE and abs(power) > TOLERANCE:
             own, nearest = slope(self.widths, eps), _nearest(power)
-            what = f"Adam's ε for {_a(part)}, {eps[-1]:.1g} beside gradients of order {entries[-1]:.1g}"
+            what = f"{part.updates[0].optimizer}'s ε for {_a(part)}, {eps[-1]:.1g} beside gradients of order {entries[-1]:.1g}"
             fix = f"multiply its eps by {_factor(-nearest)}, or make eps negligible (1e-12)"
             yield _finding(part, "eps", what, _power(own), _power(own - nearest), -nearest, fix)
+
+    def _clipping(self, unfolded: set[str]) -> Iterator[Finding]:
+        """Of the gradient's global norm, Σ‖G‖_F², the terms of the highest power of d decide (THEORY 1.5, D2)."""
+        if self.thresholds is None or not all(self.thresholds):
+            return
+        norms: list[tuple[float, _Part]] = []
+        for rule in self.table:
+            for part in self._parts(rule):
+                folded = part.block.target if set(rule.names) & unfolded else sympy.Integer(1)
+                count = sympy.sqrt(part.block.fan_in * part.block.fan_out * part.block.copies)
+                entry = part.block.eps * folded / (part.block.multiplier * part.ratio)
+                norms.append((float(exponent(entry * count)), part))
+        if not norms:
+            return
+        most = max(power for power, _ in norms)
+        power = most - slope(self.widths, self.thresholds)
+        if abs(power) <= TOLERANCE:
+            return
+        largest = [part for own, part in norms if own == most]
+        names = tuple(dict.fromkeys(part.rule.name for part in largest))
+        adaptive = all(part.degree == 0 for _, part in norms)
+        if power > 0:
+            fix = "move their init and lr factor into a forward multiplier, which shrinks their gradients (table 8), or clip them apart"
+        else:
+            fix = f"multiply max_norm by {_factor(_nearest(power))}: as it is, it clips less and less"
+        yield Finding(
+            kind="clip", severity="warning" if adaptive else "error", weights=names,
+            what="clipping by the norm of all gradients, which these decide",
+            found=f"{_power(slope(self.widths, self.thresholds))} beside a norm like {_power(most)}".replace("like constant", "constant"),
+            expected="a threshold that follows the norm", factor=WIDTH ** sympy.Rational(str(_nearest(power))),
+            where=largest[0].source, fix=fix,
+        )  # fmt: skip
 
 
 def _finding(
@@ -407,8 +455,13 @@ def _finding(
 
 def _lookup(part: _Part) -> Finding:
     fix = "give embeddings to AdamW: their rows are separate vectors"
+    return _finding(part, "matrix optimizer", "a lookup in a matrix optimizer", "updated as one matrix", "updated row by row", None, fix)
+
+
+def _still(part: _Part) -> Finding:
+    fix = "give it a learning rate, or requires_grad_(False); where a scheduler's warm-up has set it to 0, make the scheduler after lint"
     return _finding(
-        part, "matrix optimizer", "a lookup in a matrix optimizer", "updated as one matrix UVᵀ", "updated row by row", None, fix
+        part, "lr", f"learning rate of a trainable weight under {part.updates[0].optimizer}", "0", "above 0", None, fix, "warning"
     )
 
 

@@ -1,19 +1,17 @@
-"""What a user's own parametrization is, read off models and optimizers of several widths: init, learning rates, forward multipliers."""
+"""What a user's own parametrization is, read off models of several widths: the size of the initial weights, and forward multipliers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression
-from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 
 from scaling.contractions import _as_float, as_number, taken_by
-from scaling.errors import CannotMeasure
 from scaling.graph import LayerGraph
 from scaling.limits import exponent
 from scaling.operators import rule_of
@@ -21,7 +19,7 @@ from scaling.propagation import MOVES
 from scaling.records import Block, ScalingTable, WeightRule
 from scaling.uses import Dot, WeightUse
 
-__all__ = ["UPDATES", "Group", "Init", "deviation", "groups_of", "inits", "multipliers", "optimizers_in", "slope"]
+__all__ = ["Init", "deviations", "entries", "inits", "multipliers", "slope"]
 
 
 # --- powers of the width ------------------------------------------------------------------------------------------------------------
@@ -32,11 +30,14 @@ def slope(widths: Sequence[int], values: Sequence[float]) -> float:
     return linear_regression([math.log(width) for width in widths], [math.log(value) for value in values]).slope
 
 
-def deviation(widths: Sequence[int], values: Sequence[float], wanted: sympy.Expr) -> float:
-    """The power of the width by which values depart from a law: from its limit or from its finite form, whichever is nearer."""
+def deviations(widths: Sequence[int], values: Sequence[float], wanted: sympy.Expr) -> tuple[float, float]:
+    """The powers of the width by which positive values depart from a law: from its limit, and from its finite form at these widths.
+
+    Below the size of what stays finite the two may differ: √(1/d · min(1, V/d)) falls like 1/√d until d is the vocabulary V.
+    """
     own = slope(widths, values)
     finite = [float(wanted.subs(dict.fromkeys(wanted.free_symbols, width))) for width in widths]
-    return min((own - float(exponent(wanted)), own - slope(widths, finite)), key=abs)
+    return own - float(exponent(wanted)), own - slope(widths, finite)
 
 
 # --- init ---------------------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def inits(models: Mapping[int, Sequence[nn.Module]], table: ScalingTable) -> dic
     for width, seeds in models.items():
         for rule in table:
             weights = [_named(model, rule) for model in seeds]
-            parts = [[_part(weight, block, width) for weight in weights] for block in rule.blocks]
+            parts = [[entries(weight, block, width) for weight in weights] for block in rule.blocks]
             found.setdefault(rule.name, []).append([_moments(part) for part in parts])
     return {
         name: tuple(
@@ -88,8 +89,10 @@ def _moments(parts: Sequence[Tensor]) -> tuple[float, float, int]:
     return (0.0 if std <= 1e-12 * abs(mean) else std), mean, sum(part.numel() for part in flat)
 
 
-def _part(weight: Tensor, block: Block, width: int) -> Tensor:
-    """The entries of a block."""
+def entries(weight: Tensor, block: Block, width: int) -> Tensor:
+    """The entries of a block, of a weight or of a tensor of its shape."""
+    if all(factor.whole for axis in block.axes for factor in axis):
+        return weight
 
     def at(expression: sympy.Expr) -> int:
         return int(expression.subs(dict.fromkeys(expression.free_symbols, width)))
@@ -102,118 +105,6 @@ def _part(weight: Tensor, block: Block, width: int) -> Tensor:
         index = torch.arange(length).reshape(sizes or [1])
         rows.append(index[tuple(slice(at(f.start), at(f.stop)) for f in factors)].flatten() if factors else index.flatten())
     return weight if all(len(row) == n for row, n in zip(rows, weight.shape, strict=True)) else weight[torch.meshgrid(*rows, indexing="ij")]
-
-
-# --- optimizers ---------------------------------------------------------------------------------------------------------------------
-
-Scale = Callable[[Sequence[int], Mapping[str, Any]], float]
-
-
-def _no_scale(shape: Sequence[int], group: Mapping[str, Any]) -> float:
-    return 1.0
-
-
-MUON_SCALES: dict[str | None, Callable[[float, float], float]] = {
-    None: lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-    "spectral": lambda rows, columns: math.sqrt(rows / columns),
-    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
-    "none": lambda rows, columns: 1.0,
-}
-"""`adjust_lr_fn` of torch.optim.Muon, and the names other implementations have -> the factor on UVᵀ (THEORY 1.4). None is "original"."""
-
-
-def _muon_scale(shape: Sequence[int], group: Mapping[str, Any]) -> float:
-    name = group.get("adjust_lr_fn", group.get("scale"))
-    if name not in MUON_SCALES:
-        what = f"Muon's scale mode {name!r} is not known"
-        raise CannotMeasure(what, f"known are {', '.join(map(str, MUON_SCALES))}")
-    return MUON_SCALES[name](shape[0], math.prod(shape[1:]))
-
-
-UPDATES: dict[str, tuple[str, Scale]] = {
-    **dict.fromkeys(("SGD", "ASGD"), ("sgd", _no_scale)),
-    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Lion", "SignSGD"), ("adam", _no_scale)),
-    "Muon": ("muon", _muon_scale),
-}
-"""Name of an optimizer class, or of one it inherits from -> family, and the factor its update has by the weight's shape."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """How one weight is updated at one width. `weight_decay` is the fraction lr·λ decayed per step; `l2`: the decay goes through Adam.
-
-    `parts` has one group for each block of the weight where the optimizer tells them apart.
-    """
-
-    family: str
-    optimizer: str
-    lr: float
-    weight_decay: float
-    eps: float
-    l2: bool
-    parts: tuple[Group, ...] = ()
-
-    def part(self, block: int) -> Group:
-        """How one block is updated."""
-        return self.parts[block] if block < len(self.parts) else self
-
-
-def optimizers_in(given: object) -> list[torch.optim.Optimizer]:
-    """The optimizers that `build` returned: one, or several in a list, tuple or dict."""
-    if isinstance(given, Mapping):
-        given = list(given.values())
-    if isinstance(given, (list, tuple)):
-        return [one for part in given for one in optimizers_in(part)]
-    if not hasattr(given, "param_groups"):
-        what = f"build returned a {type(given).__name__} in place of an optimizer"
-        raise CannotMeasure(what, "return model, optimizer")
-    return [given]  # pyright: ignore[reportReturnType]
-
-
-def groups_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, list[Group]]:
-    """Trainable weight -> the param groups that have it; every one is there, with [] where none has it.
-
-    Raises:
-        CannotMeasure: for an optimizer whose class is not in `UPDATES`.
-    """
-    by_id = {id(weight): name for name, weight in model.named_parameters() if weight.requires_grad}
-    found: dict[str, list[Group]] = {name: [] for name in by_id.values()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if id(weight) in by_id:
-                    found[by_id[id(weight)]].append(_group(optimizer, group, weight))
-    return found
-
-
-def _group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], weight: Tensor) -> Group:
-    family, scale = _update(optimizer, group)
-    decoupled = bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
-    decay = float(group.get("weight_decay", 0.0)) * float(group.get("wd_scale", 1.0))
-    kind = type(optimizer).__name__
-    blocks = [{**group, **block, "blocks": None} for block in group.get("blocks") or ()]
-    return Group(
-        family=family,
-        optimizer=kind,
-        lr=float(group["lr"]) * float(group.get("lr_scale", 1.0)) * scale(tuple(weight.shape), group),
-        weight_decay=decay * float(group["lr"]) * float(group.get("lr_scale", 1.0)),
-        eps=float(group.get("eps", 0.0)) * float(group.get("eps_scale", 1.0)) if family == "adam" else 0.0,
-        l2=decay > 0 and not decoupled and kind in {"Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad"},
-        parts=tuple(_group(optimizer, block, weight) for block in blocks),
-    )
-
-
-def _update(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> tuple[str, Scale]:
-    if "map" in group and "update" in group:  # compiler.SpectralOptimizer: the map and the update say it
-        return ("muon" if group["map"] else {"adam": "adam", "sign": "adam"}.get(group["update"], "sgd")), _no_scale
-    for one in type(optimizer).__mro__:
-        if one.__name__ in UPDATES:
-            return UPDATES[one.__name__]
-    kind = type(optimizer).__name__
-    what = f"what {kind} updates a weight by is not known"
-    raise CannotMeasure(what, f"say it: scaling.observed.UPDATES[{kind!r}] = UPDATES['Adam'], if its entries are ±1")
 
 
 # --- forward multipliers ------------------------------------------------------------------------------------------------------------

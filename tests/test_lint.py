@@ -15,7 +15,6 @@ from scaling import derive
 from scaling.errors import CannotMeasure
 from scaling.limits import WIDTH
 from scaling.lint import LintReport, lint
-from scaling.observed import UPDATES
 
 BASE = 64
 VOCAB = 61
@@ -115,7 +114,7 @@ def nano(table="table 8", *, without=(), eps=1e-5, decay=0.1, optimizer=torch.op
     return build
 
 
-def faults(build, args=TOKENS, widths=(64, 128, 256), **options):
+def faults(build, args=TOKENS, widths=(32, 64, 128), **options):
     """(kind, weights, missing factor) of every finding that is no note."""
     return {(f.kind, f.weights, f.factor) for f in lint(build, args, widths, **options).faults}
 
@@ -311,7 +310,7 @@ def test_muon_that_matches_adams_rms_grows_with_width():
 
 
 def test_muons_max_factor_on_a_readout_is_found():
-    found = faults(muon("original", readout=True))
+    found = faults(muon("original", readout=True), widths=(64, 128, 256))  # wider than the vocabulary, below which max(1, ·) is right
     assert of(found, "lr") == {"head.weight": 1 / sympy.sqrt(D)}
 
 
@@ -398,7 +397,7 @@ def test_weights_in_no_group_or_in_two_are_found():
 
     found = {f.weight: f.found for f in lint(build, TOKENS).findings if f.kind == "group"}
     assert found["head.weight"] == "in none"
-    assert found["wpe.weight"].startswith("2")
+    assert found["wpe.weight"] == "in 2 (AdamW, SGD)"
     assert set(found) == {"head.weight", "wpe.weight"}
 
 
@@ -521,21 +520,3 @@ def test_wrong_use_is_refused_with_what_to_do():
         lint(nano(), TOKENS, (64,))
     with pytest.raises(CannotMeasure, match="in place of an optimizer"):
         lint(lambda d: (models.MLP(d), 3), torch.zeros(2, 16))
-
-
-def test_an_optimizer_that_is_not_known_is_asked_for():
-    class Sophia(torch.optim.Optimizer):
-        def __init__(self, params):
-            super().__init__(params, {"lr": 0.1})
-
-    def build(d):
-        model = models.MLP(d)
-        return model, Sophia(model.parameters())
-
-    with pytest.raises(CannotMeasure, match=r"UPDATES\['Sophia'\]"):
-        lint(build, torch.zeros(2, 16))
-    UPDATES["Sophia"] = UPDATES["Adam"]
-    try:
-        assert {f.kind for f in lint(build, torch.zeros(2, 16)).faults} >= {"lr"}
-    finally:
-        del UPDATES["Sophia"]
