@@ -7,7 +7,6 @@ and only used to find where a product or a sum divides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -165,11 +164,9 @@ class Axes:
                     taken.append(atom)
                     rest = _over(rest, atom.size)
                     continue
-                shared = tuple(math.gcd(a, b) for a, b in zip(atom.size, rest, strict=True))
-                if shared == self.one or (divides(rest, atom.size) and shared != rest):
+                if not divides(rest, atom.size):
                     return None
-                made = self.factor(atom, (shared, _over(atom.size, shared)))
-                atoms.extend(reversed(self.resolve(made)))
+                atoms.extend(reversed(self.resolve(self.factor(atom, (rest, _over(atom.size, rest))))))
             out.append(tuple(taken))
         return tuple(out)
 

@@ -48,13 +48,14 @@ class Fold:
     """A carrier whose output is meant to be `target` times its usual size.
 
     `quantity`: the field of a block that says so: "target", or "branch" for the multiplier of a residual branch, which is the weight's at
-    all its uses. `why` is said in the rule's notes.
+    all its uses. `why` is said in the rule's notes. `dot`: whether a product of two activations asks for it.
     """
 
     carrier: Carrier
     target: sympy.Expr
     quantity: str = "target"
     why: str = ""
+    dot: bool = False
 
 
 def folded(
@@ -79,7 +80,7 @@ def folded(
         contractions.append(contraction)
         calls = {carrier.call for carrier in found}
         both = len(calls) > len({carrier.weight for carrier in found})
-        folds += [Fold(carrier, sympy.sqrt(rest) if both else rest) for carrier in found]
+        folds += [Fold(carrier, sympy.sqrt(rest) if both else rest, dot=True) for carrier in found]
     return contractions, folds
 
 

@@ -88,6 +88,8 @@ def leading(expression: sympy.Expr, symbol: sympy.Symbol = WIDTH) -> tuple[sympy
     if isinstance(expression, sympy.Pow) and not expression.exp.has(symbol):
         (c, k), power = terms[0], expression.exp
         return c**power, k * power
+    if isinstance(expression, sympy.Abs):  # sympy's √((d - 2)²): lengths are positive
+        return terms[0]
     if isinstance(expression, (sympy.Add, sympy.Max, sympy.Min)):
         top = (min if isinstance(expression, sympy.Min) else max)(k for _, k in terms)
         return expression.func(*(c for c, k in terms if k == top)), top

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -285,6 +285,19 @@ def einsum(call: Call) -> Written:
     return Written(spaced)
 
 
+def tensordot(call: Call) -> Written:
+    """The named axes summed in pairs, the others of both in order."""
+    sums = [f"k{i}" for i in range(len(call.get("dims_self")))]
+    sides, kept = [], []
+    for node, name, letter in zip(call.tensors, ("dims_self", "dims_other"), "ab", strict=True):
+        letters = [f"{letter}{i}" for i in range(len(_shape(node, call)))]
+        for summed, axis in zip(sums, call.get(name), strict=True):
+            letters[axis] = summed
+        sides.append(" ".join(letters))
+        kept += [other for other in letters if other not in sums]
+    return Written(f"{', '.join(sides)} -> {' '.join(kept)}")
+
+
 def convolution(call: Call) -> Written:
     """Channels in `groups` maps; the kernel's taps are summed, the grid is joined to nothing."""
     rank = len(_shape(call.tensors[1], call)) - 2
@@ -470,11 +483,14 @@ def squeeze(call: Call, axes: Axes) -> None:
 
 def expand(call: Call, axes: Axes) -> None:
     """Axes of length 1, and new leading ones, become copies."""
-    dims = _input(call, axes)
-    lead = len(call.shape) - len(dims)
-    out = [axes.fresh(size, "repeated") for size in call.shape[:lead]]
-    out += [dim if axes.size(dim) == size else axes.fresh(size, "repeated") for dim, size in zip(dims, call.shape[lead:], strict=True)]
-    axes.dims[call.node] = tuple(out)
+    axes.dims[call.node] = _expanded(axes, _input(call, axes), call.shape)
+
+
+def _expanded(axes: Axes, dims: tuple[Dim, ...], shape: tuple[Size, ...]) -> tuple[Dim, ...]:
+    lead = len(shape) - len(dims)
+    out = [axes.fresh(size, "repeated") for size in shape[:lead]]
+    out += [dim if axes.size(dim) == size else axes.fresh(size, "repeated") for dim, size in zip(dims, shape[lead:], strict=True)]
+    return tuple(out)
 
 
 def repeat(call: Call, axes: Axes) -> None:
@@ -589,6 +605,8 @@ def getitem(call: Call, axes: Axes) -> None:
         which = (_argument(source, "dim", 1) or 0) % len(dims)
         axes.mark(dims[which], "indexed")
         axes.dims[call.node] = dims[:which] + dims[which + 1 :]
+    elif name == "aten.broadcast_tensors":
+        axes.dims[call.node] = _expanded(axes, axes.dims.get(cast("Any", source.args[0])[index], ()), call.shape)
     elif (
         len(dims) == len(call.shape)
         and all(axes.size(d) == s for d, s in zip(dims, call.shape, strict=True))
@@ -835,6 +853,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(addmm, "addmm"),
     _signed("+b m n, b m k, b k n -> b m n", "baddbmm"),
     _signed(einsum, "einsum"),
+    _signed(tensordot, "tensordot"),
     _signed("m k, k n -> m n", "_sparse_mm"),
     _signed(solve, "linalg_solve linalg_solve_triangular"),
     _signed("i, j -> i j", "outer ger"),
@@ -883,6 +902,7 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(windows, "unfold"),
     _moves(index, "index"),
     _moves(index_select, "index_select"),
+    _moves(fresh, "broadcast_tensors"),  # the getitem nodes are what it makes
     _moves(
         fresh, "as_strided zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"
     ),

@@ -24,13 +24,17 @@ __all__ = ["rules_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Cell:
-    """A part of a weight's axis that is a block of its own: a range of the axis, or one index or range of its factor `at`."""
+class _Cut:
+    """One index (`dim` is ()) or range of the factor `at` of an axis; of the whole axis if `at` is None."""
 
     at: int | None
     start: Size
     stop: Size
     dim: Dim
+
+
+_Cell = tuple[_Cut, ...]
+"""A part of a weight's axis that is a block of its own: what it takes of the factors that are cut; () for all of the axis."""
 
 
 def rules_of(
@@ -91,12 +95,12 @@ def _rule(
     blocks, notes, described = [], {}, {}
     columns = [_cells(growth, axis, dim, uses, undone) for axis, dim in enumerate(dims)]
     for cells in combinations(*columns):
-        covering = [use for use in uses if _covers(use, cells, dims, growth.axes)]
+        covering = [use for use in uses if all(_within(cell, used) for cell, used in zip(cells, use.ranges, strict=True))]
         if not covering:
             message = f"no use covers a block of {call.names[0]}"
             raise OurBug(message)
         taken = [cell for cell, column in zip(cells, columns, strict=True) if len(column) > 1]
-        here = [fold for fold in folds if _selected(fold.carrier.selection, taken)]
+        here = _once([fold for fold in folds if _selected(fold.carrier.selection, taken)])
         maps = [_sized(_map(use, cells, dims, growth), use, given[use], here) for use in covering]
         blocks.append(maps[0])
         notes |= dict.fromkeys(fold.why for fold in here if fold.why)
@@ -119,36 +123,63 @@ def _rule(
     )
 
 
+def _once(folds: list[Fold]) -> list[Fold]:
+    """Less the repetitions: several paths from one map into products of activations (rotary embeddings) ask one thing of it."""
+    found: dict[object, Fold] = {}
+    for fold in folds:
+        found.setdefault((fold.carrier.call, fold.target, fold.quantity) if fold.dot else fold, fold)
+    return list(found.values())
+
+
 # blocks
 
 
 def _cells(growth: Growth, axis: int, dim: Dim, uses: list[WeightUse], undone: set[tuple[int, ...]]) -> list[_Cell]:
     """The blocks of one axis: segments that grow differently, that uses take apart, or that an output is split into for good."""
     axes = growth.axes
-    whole = [_Cell(None, axes.zero, axes.size(dim), dim)]
     resolved = axes.resolve(dim)
     emitted = any(span.part in {"out", "add", "copy"} for use in uses for span in use.spans[axis])
+    cuts: list[list[_Cut]] = []
     for at, atom in enumerate(resolved):
         outer = at if len(resolved) > 1 else None
         if atom.segments and (_mixed(growth, atom) or _used_apart(axes, axis, dim, uses) or (emitted and not _undone(axes, atom, undone))):
-            cells = [_Cell(outer, s.start, s.stop, s.dim) for s in atom.segments]
+            found = [_Cut(outer, start, stop, piece) for start, stop, piece in _pieces(growth, atom)]
         elif "indexed" in atom.facts and emitted and len(resolved) > 1 and len(set(atom.size)) == 1:
-            cells = [_Cell(at, (i,) * axes.widths, (i + 1,) * axes.widths, ()) for i in range(atom.size[0])]
+            found = [_Cut(at, (i,) * axes.widths, (i + 1,) * axes.widths, ()) for i in range(atom.size[0])]
         else:
             continue
-        if all(any(_within(cell, use.ranges[axis]) for use in uses) for cell in cells):
-            return cells
-    return whole
+        if all(any(_within((cut,), use.ranges[axis]) for use in uses) for cut in found):
+            cuts.append(found)
+    return list(combinations(*cuts))
 
 
 def _within(cell: _Cell, used: tuple[Size, Size]) -> bool:
-    if cell.at is not None:
-        return True
-    return all(a <= b for a, b in zip(used[0], cell.start, strict=True)) and all(b <= a for a, b in zip(used[1], cell.stop, strict=True))
+    """Whether the range of the axis that a use takes has the cell in it; without cuts, however much of the axis a run looked at."""
+    return all(
+        cut.at is not None
+        or (all(a <= b for a, b in zip(used[0], cut.start, strict=True)) and all(b <= a for a, b in zip(used[1], cut.stop, strict=True)))
+        for cut in cell
+    )
 
 
 def _mixed(growth: Growth, atom: Atom) -> bool:
-    return len({growth.grows(segment.dim) for segment in atom.segments}) > 1
+    return len({growth.grows(dim) for _, _, dim in _pieces(growth, atom)}) > 1
+
+
+def _pieces(growth: Growth, atom: Atom) -> list[tuple[Size, Size, Dim]]:
+    """The segments of an atom, those that are mixed themselves in their own segments."""
+    out = []
+    for segment in atom.segments:
+        inner = growth.axes.resolve(segment.dim)
+        if len(inner) == 1 and _mixed(growth, inner[0]):
+            out += [(_plus(segment.start, a), _plus(segment.start, b), dim) for a, b, dim in _pieces(growth, inner[0])]
+        else:
+            out.append((segment.start, segment.stop, segment.dim))
+    return out
+
+
+def _plus(a: Size, b: Size) -> Size:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _used_apart(axes: Axes, axis: int, dim: Dim, uses: list[WeightUse]) -> bool:
@@ -161,23 +192,16 @@ def _undone(axes: Axes, atom: Atom, undone: set[tuple[int, ...]]) -> bool:
     return pieces in undone
 
 
-def _covers(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], axes: Axes) -> bool:
-    """Whether a use takes the block; an axis that is no block of its own is taken whole, however much of it this run looked at."""
-    return all(
-        (cell.stop == axes.size(dim) and cell.at is None and cell.start == axes.zero) or _within(cell, used)
-        for cell, used, dim in zip(cells, use.ranges, dims, strict=True)
-    )
-
-
 def _selected(selection: Selection | None, cells: list[_Cell]) -> bool:
     """Whether a path's selection is the block of these cells (of the axes that have several)."""
     if selection is None or not cells:
         return True
     return any(
-        selection.index == cell.start[0]
-        if cell.at is not None and cell.dim == ()
-        else (selection.start, selection.stop) == (cell.start, cell.stop)
+        selection.index == cut.start[0]
+        if cut.at is not None and cut.dim == ()
+        else (selection.start, selection.stop) == (cut.start, cut.stop)
         for cell in cells
+        for cut in cell
     )
 
 
@@ -221,21 +245,12 @@ def _factors(spans: tuple[Span, ...], cell: _Cell, dim: Dim, growth: Growth) -> 
     axes = growth.axes
     resolved = axes.resolve(dim)
     whole = growth.of(dim)
-    if cell.at is None:
-        parts = {span.part for span in spans} or {"out"}
-        if cell.start == axes.zero and cell.stop == axes.size(dim) and len(parts) > 1:
-            return _merged(
-                [(growth.of((atom,)), part, None) for atom, part in zip(resolved, _per_factor(resolved, spans, axes), strict=True)]
-            )
-        start, stop = _offset(growth, resolved, cell.start), _offset(growth, resolved, cell.stop)
-        return [_factor(whole, next(iter(parts)), (start, stop))] if whole != 1 or resolved else []
-    rows = []
-    for at, (atom, part) in enumerate(zip(resolved, _per_factor(resolved, spans, axes), strict=True)):
-        taken = None
-        if at == cell.at:
-            taken = (_offset(growth, (atom,), cell.start), _offset(growth, (atom,), cell.stop))
-        rows.append((growth.of((atom,)), part, taken))
-    return _merged(rows)
+    taken = {cut.at: _range(growth, resolved if cut.at is None else (resolved[cut.at],), cut) for cut in cell}
+    parts = {span.part for span in spans} or {"out"}
+    if None in taken or (not cell and len(parts) == 1):
+        return [_factor(whole, next(iter(parts)), taken.get(None))] if whole != 1 or resolved else []
+    factors = zip(resolved, _per_factor(resolved, spans, axes), strict=True)
+    return _merged([(growth.of((atom,)), part, taken.get(at)) for at, (atom, part) in enumerate(factors)])
 
 
 def _factor(size: sympy.Expr, part: str, taken: tuple[sympy.Expr, sympy.Expr] | None) -> tuple[Factor, str]:
@@ -267,6 +282,10 @@ def _per_factor(resolved: Dim, spans: tuple[Span, ...], axes: Axes) -> list[str]
     return out
 
 
+def _range(growth: Growth, dim: Dim, cut: _Cut) -> tuple[sympy.Expr, sympy.Expr]:
+    return _offset(growth, dim, cut.start), _offset(growth, dim, cut.stop)
+
+
 def _offset(growth: Growth, dim: Dim, at: Size) -> sympy.Expr:
     """A position on an axis, exact in d: the sum of the segments before it."""
     axes = growth.axes
@@ -275,7 +294,9 @@ def _offset(growth: Growth, dim: Dim, at: Size) -> sympy.Expr:
     if at == axes.size(dim):
         return growth.of(dim)
     if len(dim) == 1 and dim[0].segments:
-        return sympy.Add(*(growth.of(s.dim) for s in dim[0].segments if all(a <= b for a, b in zip(s.stop, at, strict=True))))
+        return sympy.Add(
+            *(growth.of(piece) for _, stop, piece in _pieces(growth, dim[0]) if all(a <= b for a, b in zip(stop, at, strict=True)))
+        )
     return sympy.Integer(at[0])
 
 
