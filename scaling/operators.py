@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -483,14 +483,11 @@ def squeeze(call: Call, axes: Axes) -> None:
 
 def expand(call: Call, axes: Axes) -> None:
     """Axes of length 1, and new leading ones, become copies."""
-    axes.dims[call.node] = _expanded(axes, _input(call, axes), call.shape)
-
-
-def _expanded(axes: Axes, dims: tuple[Dim, ...], shape: tuple[Size, ...]) -> tuple[Dim, ...]:
-    lead = len(shape) - len(dims)
-    out = [axes.fresh(size, "repeated") for size in shape[:lead]]
-    out += [dim if axes.size(dim) == size else axes.fresh(size, "repeated") for dim, size in zip(dims, shape[lead:], strict=True)]
-    return tuple(out)
+    dims = _input(call, axes)
+    lead = len(call.shape) - len(dims)
+    out = [axes.fresh(size, "repeated") for size in call.shape[:lead]]
+    out += [dim if axes.size(dim) == size else axes.fresh(size, "repeated") for dim, size in zip(dims, call.shape[lead:], strict=True)]
+    axes.dims[call.node] = tuple(out)
 
 
 def repeat(call: Call, axes: Axes) -> None:
@@ -605,8 +602,6 @@ def getitem(call: Call, axes: Axes) -> None:
         which = (_argument(source, "dim", 1) or 0) % len(dims)
         axes.mark(dims[which], "indexed")
         axes.dims[call.node] = dims[:which] + dims[which + 1 :]
-    elif name == "aten.broadcast_tensors":
-        axes.dims[call.node] = _expanded(axes, axes.dims.get(cast("Any", source.args[0])[index], ()), call.shape)
     elif (
         len(dims) == len(call.shape)
         and all(axes.size(d) == s for d, s in zip(dims, call.shape, strict=True))
@@ -902,7 +897,6 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(windows, "unfold"),
     _moves(index, "index"),
     _moves(index_select, "index_select"),
-    _moves(fresh, "broadcast_tensors"),  # the getitem nodes are what it makes
     _moves(
         fresh, "as_strided zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"
     ),
