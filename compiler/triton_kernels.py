@@ -1,0 +1,195 @@
+"""The kernels in Triton: imported only where they run, as `compiler.kernels` decides. Everything is computed in fp32.
+
+No atomics: the same input gives the same bits. `TRITON_INTERPRET=1` runs them on a CPU, which is how the suite checks them.
+"""
+
+# The arguments of a kernel are pointers and numbers, and a launch does not have the types of the function:
+# ruff: noqa: ANN001, ANN202
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["advance_", "apply_", "symmetric"]
+
+TILE = 64
+"""Side of a tile of `advance_` and `apply_`: 64 × 64 entries, of which rows and columns both fill whole lines of memory."""
+
+
+@triton.jit
+def _coefficient(x, index, EACH: tl.constexpr):
+    """A number, or the entry of one matrix in a table of numbers."""
+    return tl.load(x + index) if EACH else x
+
+
+@triton.jit
+def _root(t):
+    """The row i of entry t of a triangle stored by rows, the largest i with i(i + 1)/2 ≤ t; exact, as fp32 is off by one at most."""
+    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    return tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+
+
+@triton.jit
+def _symmetric(
+    a, b, c, d, out, alpha, beta, delta, gamma, m, k, tiles,
+    a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, d_batch, d_row, out_batch, out_row,
+    C: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Write α·A·Bᵀ + β·C + δ·D + γ·I to out by the tiles of the lower triangle; each is written twice, the second time transposed.
+
+    Persistent: program p takes tiles p, p + programs, … of the whole batch, matrix after matrix.
+    """
+    side = tl.cdiv(m, SIDE)
+    triangle = side * (side + 1) // 2
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        matrix, t = (tile // triangle).to(tl.int64), tile % triangle
+        i = _root(t)
+        j = t - i * (i + 1) // 2
+        rows, cols, depth = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE), tl.arange(0, DEPTH)
+        left = a + matrix * a_batch + rows[:, None].to(tl.int64) * a_row + depth[None, :] * a_col
+        right = b + matrix * b_batch + cols[None, :].to(tl.int64) * b_row + depth[:, None] * b_col
+        acc = tl.zeros((SIDE, SIDE), tl.float32)
+        for start in tl.range(0, k, DEPTH):
+            if EVEN:
+                A, B = tl.load(left), tl.load(right)
+            else:
+                A = tl.load(left, mask=(rows[:, None] < m) & (depth[None, :] < k - start), other=0.0)
+                B = tl.load(right, mask=(cols[None, :] < m) & (depth[:, None] < k - start), other=0.0)
+            acc = tl.dot(A, B, acc, input_precision=PRECISION)
+            left += DEPTH * a_col
+            right += DEPTH * b_col
+        inside = (rows[:, None] < m) & (cols[None, :] < m)
+        at = rows[:, None].to(tl.int64)
+        acc *= _coefficient(alpha, matrix, EACH[0])
+        if C:
+            acc += _coefficient(beta, matrix, EACH[1]) * tl.load(c + matrix * c_batch + at * c_row + cols[None, :], mask=inside).to(
+                tl.float32
+            )
+        if D:
+            acc += _coefficient(delta, matrix, EACH[2]) * tl.load(d + matrix * d_batch + at * d_row + cols[None, :], mask=inside).to(
+                tl.float32
+            )
+        acc += tl.where(rows[:, None] == cols[None, :], _coefficient(gamma, matrix, EACH[3]), 0.0)
+        result = acc.to(out.dtype.element_ty)
+        tl.store(out + matrix * out_batch + at * out_row + cols[None, :], result, mask=inside)
+        if i != j:
+            mirror = out + matrix * out_batch + cols[:, None].to(tl.int64) * out_row + rows[None, :]
+            tl.store(mirror, tl.trans(result), mask=(cols[:, None] < m) & (rows[None, :] < m))
+
+
+def symmetric(A: Tensor, B: Tensor, coefficients: list[float | Tensor], C: Tensor | None, D: Tensor | None, out: Tensor) -> Tensor:
+    """`compiler.kernels.symmetric`, for C, D and out with rows of stride 1."""
+    batch, m, k = A.shape
+    side = 128 if m > 512 else 64
+    depth = 32 if A.dtype == torch.float32 else 64
+    n = triton.cdiv(m, side)
+    tiles = batch * n * (n + 1) // 2
+    each = tuple(isinstance(x, Tensor) for x in coefficients)
+    c, d = out if C is None else C, out if D is None else D
+    _symmetric[(min(tiles, _programs(A.device)),)](
+        A, B, c, d, out, *coefficients, m, k, tiles,
+        *A.stride(), *B.stride(), c.stride(0), c.stride(1), d.stride(0), d.stride(1), out.stride(0), out.stride(1),
+        C=C is not None, D=D is not None, EACH=each, EVEN=m % side == 0 and k % depth == 0,
+        PRECISION="ieee", SIDE=side, DEPTH=depth, num_warps=8 if side == 128 else 4, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def _place(r, c, row_stride, col_stride):
+    """Offsets of this program's tile in a matrix of r × c, and which of them lie inside."""
+    across = tl.cdiv(c, TILE_SIDE)
+    rows = (tl.program_id(0) // across) * TILE_SIDE + tl.arange(0, TILE_SIDE)
+    cols = (tl.program_id(0) % across) * TILE_SIDE + tl.arange(0, TILE_SIDE)
+    inside = (rows[:, None] < r) & (cols[None, :] < c)
+    return rows, cols, rows[:, None].to(tl.int64) * row_stride + cols[None, :].to(tl.int64) * col_stride, inside
+
+
+TILE_SIDE = tl.constexpr(TILE)
+
+
+@triton.jit
+def _advance(
+    grads, buffers, finite, factors, out, squares, largest, momentum, r, c, g_row, g_col, b_row, b_col,
+    DTYPE: tl.constexpr, BUFFER: tl.constexpr, NESTEROV: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(1).to(tl.int64)
+    rows, cols, at, inside = _place(r, c, g_row, g_col)
+    fine = tl.load(finite + matrix) != 0
+    mu = tl.load(momentum)
+    G = tl.load(tl.load(grads + matrix).to(tl.pointer_type(DTYPE)) + at, mask=inside & fine, other=0.0).to(tl.float32)
+    Phi = G
+    B = G
+    if BUFFER:
+        place = (
+            tl.load(buffers + matrix).to(tl.pointer_type(DTYPE)) + rows[:, None].to(tl.int64) * b_row + cols[None, :].to(tl.int64) * b_col
+        )
+        B = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        B = tl.where(fine, B + (1.0 - mu) * (G - B), B)
+        B = B.to(DTYPE)
+        tl.store(place, B, mask=inside & fine)
+        B = B.to(tl.float32)
+        Phi = G + mu * (B - G) if NESTEROV else B
+    Phi = tl.where(fine, Phi, 0.0) * tl.load(factors + 2 * matrix) * tl.load(factors + 2 * matrix + 1)
+    Phi = Phi.to(out.dtype.element_ty)
+    X = out + matrix * r * c
+    if TALL:
+        tl.store(X + cols[:, None].to(tl.int64) * r + rows[None, :], tl.trans(Phi), mask=(cols[:, None] < c) & (rows[None, :] < r))
+    else:
+        tl.store(X + rows[:, None].to(tl.int64) * c + cols[None, :], Phi, mask=inside)
+    Phi = Phi.to(tl.float32)
+    part = matrix * tl.num_programs(0) + tl.program_id(0)
+    tl.store(squares + part, tl.sum(tl.sum(Phi * Phi, 1), 0))
+    tl.store(largest + part, tl.max(tl.max(tl.abs(B), 1), 0))
+
+
+def advance_(
+    grads: Tensor, buffers: Tensor | None, like: Tensor, kept: Tensor | None, out: Tensor, factors: Tensor, finite: Tensor,
+    momentum: Tensor, nesterov: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`compiler.kernels.advance_`, for matrices at the addresses `grads` and `buffers` that lie in memory like `like` and `kept`."""
+    r, c = like.shape
+    grid = (triton.cdiv(r, TILE) * triton.cdiv(c, TILE), len(grads))
+    squares, largest = torch.empty(2, grid[1], grid[0], dtype=torch.float32, device=out.device).unbind()
+    _advance[grid](
+        grads, grads if buffers is None else buffers, finite, factors, out, squares, largest, momentum, r, c,
+        *like.stride(), *(like if kept is None else kept).stride(),
+        DTYPE=_DTYPES[like.dtype], BUFFER=buffers is not None, NESTEROV=nesterov, TALL=r > c,
+    )  # fmt: skip
+    return squares.sum(1), largest.amax(1)
+
+
+@triton.jit
+def _apply(weights, U, scale, decay, finite, r, c, row, col, DTYPE: tl.constexpr, TALL: tl.constexpr):
+    matrix = tl.program_id(1).to(tl.int64)
+    rows, cols, at, inside = _place(r, c, row, col)
+    fine = tl.load(finite + matrix) != 0
+    X = U + matrix * r * c
+    if TALL:
+        u = tl.trans(tl.load(X + cols[:, None].to(tl.int64) * r + rows[None, :], mask=(cols[:, None] < c) & (rows[None, :] < r), other=0.0))
+    else:
+        u = tl.load(X + rows[:, None].to(tl.int64) * c + cols[None, :], mask=inside, other=0.0)
+    W = tl.load(weights + matrix).to(tl.pointer_type(DTYPE)) + at
+    w = tl.load(W, mask=inside & fine, other=0.0).to(tl.float32)
+    w = tl.load(decay + matrix) * w - tl.load(scale + matrix) * u.to(tl.float32)
+    tl.store(W, w.to(DTYPE), mask=inside & fine)
+
+
+def apply_(weights: Tensor, like: Tensor, U: Tensor, scale: Tensor, decay: Tensor, finite: Tensor) -> None:
+    """`compiler.kernels.apply_`, for matrices at the addresses `weights` that lie in memory like `like`."""
+    r, c = like.shape
+    grid = (triton.cdiv(r, TILE) * triton.cdiv(c, TILE), len(weights))
+    _apply[grid](weights, U, scale, decay, finite, r, c, *like.stride(), DTYPE=_DTYPES[like.dtype], TALL=r > c)
+
+
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
