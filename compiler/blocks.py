@@ -34,7 +34,7 @@ def plain(shape: Sequence[int]) -> list[list[list[Any]]]:
 
 def covers(axes: Axes, shape: Sequence[int]) -> bool:
     """Whether the block is all of a weight of that shape."""
-    return math.prod(stop - start for axis in axes for _, _, start, stop in axis) == math.prod(shape)
+    return math.prod([stop - start for axis in axes for _, _, start, stop in axis]) == math.prod(shape)
 
 
 def check_axes(axes: Axes, shape: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ def block_view(W: Tensor, axes: Axes) -> tuple[Tensor, tuple[int, int, int]]:
     for axis, (_, _, start, stop) in enumerate(flat):
         W = W.narrow(axis, start, stop - start)
     W = W.permute([axis for part in ORDER for axis, factor in enumerate(flat) if factor[1] == part])
-    sizes = {part: math.prod(stop - start for _, of, start, stop in flat if of == part) for part in ORDER}
+    sizes = {part: math.prod([stop - start for _, of, start, stop in flat if of == part]) for part in ORDER}
     return W, (sizes["copy"], sizes["out"], sizes["in"] * sizes["lookup"])
 
 

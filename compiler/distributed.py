@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from compiler.blocks import plain
 from compiler.exchange import Exchange, Traffic, Wire
 from compiler.gradients import Ready
-from compiler.maps import PEAK, chunks, empty_basis, mapped
+from compiler.maps import chunks, empty_basis, mapped, peak
 from compiler.pieces import Piece, directions, keep_, subtract_
 from compiler.scattered import Scattered, normalize_over_ranks
 from compiler.shards import UNASSIGNED, Run, Sharding, Unit, assign, local, sharding_of, units_of
@@ -63,6 +63,7 @@ class Owned:
     vectors: Tensor | None = None
     warm: bool = False
     good: Tensor | None = None
+    key: tuple[Any, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -172,7 +173,7 @@ class Plan:
         buckets: list[list[Unit]] = [[]]
         used = 0
         for unit in moving:
-            size = PEAK * self._wire(unit).working.itemsize * unit.numel // ranks
+            size = peak(self._options(unit)) * self._wire(unit).working.itemsize * unit.numel // ranks
             if buckets[-1] and used + size > self._options(unit)["workspace"]:
                 buckets.append([])
                 used = 0

@@ -25,6 +25,7 @@ class Ready:
 
     Attributes:
         position: among all weights of the optimizer.
+        number: of its group.
         name, W, group: its own.
         limit: the largest entry of a gradient that spoils no buffer.
         good: None where the host knows that the weight is updated; else a flag on the device.
@@ -34,6 +35,7 @@ class Ready:
     """
 
     position: int
+    number: int
     name: str
     W: Tensor
     group: dict[str, Any]

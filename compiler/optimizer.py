@@ -256,7 +256,7 @@ class SpectralOptimizer(Optimizer):
                 dtype = _dtype(W, group)
                 if dtype not in limits:
                     limits[dtype] = min(largest_gradient({**group, **block}, dtype) for block in group["blocks"] or ({},))
-                entries.append(Ready(len(entries), name, W, group, limits[dtype]))
+                entries.append(Ready(len(entries), number, name, W, group, limits[dtype]))
         return entries
 
     def _ready(self, plan: Plan | None) -> list[Ready]:
@@ -271,13 +271,15 @@ class SpectralOptimizer(Optimizer):
         for entry in entries:
             if on_device(entry) and (entry.W.grad is not None or (plan is not None and entry.W.requires_grad)):
                 by_device.setdefault(entry.W.device, []).append(entry)
-        sides = [(by_host, read(by_host)), *((members, watched(members)) for members in by_device.values())]
+        sides = [(members, watched(members)) for members in by_device.values()]
+        if by_host:
+            sides.insert(0, (by_host, read(by_host)))
         if plan is not None:
-            sides = [(members, over_any(members, flags, self.process_group)) for members, flags in sides if members]
+            sides = [(members, over_any(members, flags, self.process_group)) for members, flags in sides]
         self._raise_spoilt(sides)
         ready = []
         for members, flags in sides:
-            ready += self._good(members, flags) if members and on_device(members[0]) else self._known(members, flags)
+            ready += self._good(members, flags) if on_device(members[0]) else self._known(members, flags)
         return ready
 
     def _raise_spoilt(self, sides: list[tuple[list[Ready], Tensor]]) -> None:
@@ -302,10 +304,10 @@ class SpectralOptimizer(Optimizer):
         """All weights, each with a flag whether it is updated."""
         present, spoilt, moves = flags
         good = present & ~spoilt
-        rates = {id(entry.group): _number(entry, entry.group["lr"]) for entry in entries}
+        rates = {entry.number: _number(entry, entry.group["lr"]) for entry in entries}
         if any(isinstance(lr, Tensor) or lr == 0 for lr in rates.values()):
             runs = {key: lr != 0 if isinstance(lr, Tensor) else torch.full_like(good[0], lr != 0) for key, lr in rates.items()}
-            good &= moves | torch.stack([runs[id(entry.group)].to(good.device) for entry in entries])
+            good &= moves | torch.stack([runs[entry.number].to(good.device) for entry in entries])
         for entry, flag in zip(entries, good.unbind(), strict=True):
             entry.good = flag
         if new := [entry.position for entry in entries if entry.position not in self._skips]:
@@ -316,10 +318,10 @@ class SpectralOptimizer(Optimizer):
 
     def _pieces(self, ready: list[Ready], plan: Plan | None) -> Iterator[Piece]:
         """The parts of the weights that are updated here, lane by lane, with their state."""
-        alike: dict[tuple[int, bool], list[Ready]] = {}
+        alike: dict[tuple[Any, ...], list[Ready]] = {}
         for entry in ready:
-            alike.setdefault((id(entry.group), on_device(entry)), []).append(entry)
-        for entries in alike.values():
+            alike.setdefault((entry.number, entry.W.device, on_device(entry)), []).append(entry)
+        for key, entries in alike.items():
             group = entries[0].group
             blocks = [{**group, **block} for block in group["blocks"] or ({},)]
             self._make_state(entries, blocks)
@@ -327,7 +329,7 @@ class SpectralOptimizer(Optimizer):
             gradients = [torch.zeros_like(local(entry.W)) if entry.gradient is None else entry.gradient for entry in entries]
             for number, o in enumerate(blocks):
                 lr, decay = _number(entries[0], o["lr"]), _number(entries[0], o["weight_decay"])
-                lane = Lane(o, lr * o["lr_scale"], decay * o["wd_scale"])
+                lane = Lane((*key, number), o, lr * o["lr_scale"], decay * o["wd_scale"])
                 for entry, G, step in zip(entries, gradients, steps, strict=True):
                     for piece in self._of_block(entry, G, step, number, lane, plan):
                         if not entry.idle:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,9 +26,10 @@ __all__ = ["Lane", "Piece", "advance", "directions", "keep_", "lanes", "subtract
 class Lane:
     """The options of one block of a group's weights in one step; lr = lr·lr_scale, decay = weight_decay·wd_scale.
 
-    lr and decay are floats, or 0-d tensors where a schedule on the device may write them.
+    lr and decay are floats, or 0-d tensors where a schedule on the device may write them; no two lanes have the same key.
     """
 
+    key: tuple[Any, ...]
     o: dict[str, Any]
     lr: float | Tensor
     decay: float | Tensor
@@ -79,6 +79,11 @@ class Piece:
         return self.lane.o
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """Of its lane."""
+        return self.lane.key
+
+    @property
     def working(self) -> torch.dtype:
         """The dtype in which Φ is mapped."""
         return torch.promote_types(self.W.dtype, torch.float32)
@@ -91,8 +96,14 @@ class Piece:
 
 def lanes(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Neighbours of one lane."""
-    for _, members in groupby(pieces, key=lambda piece: id(piece.lane)):
-        yield list(members)
+    members: list[Piece] = []
+    for piece in pieces:
+        if members and members[0].lane.key != piece.lane.key:
+            yield members
+            members = []
+        members.append(piece)
+    if members:
+        yield members
 
 
 def advance(pieces: list[Piece]) -> Direction:

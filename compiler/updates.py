@@ -125,7 +125,7 @@ def largest_gradient(o: Options, dtype: torch.dtype) -> float:
     """The largest entry of a gradient for which no buffer of `dtype` overflows. An Inf in a buffer would stay there for good."""
     top = torch.finfo(dtype).max
     if o["update"] == "adam":
-        return (top / (1 - o["betas"][1])) ** 0.5
+        return top**0.5
     if o["momentum"] == 0:
         return top
     return top * (1 - o["momentum"]) if o["update"] == "sgd" else top / 2  # Σ μᵗ·G; the G - B of an interpolation

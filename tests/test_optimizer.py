@@ -375,6 +375,66 @@ def test_the_closure_runs_with_gradients_and_its_loss_is_returned():
     assert (W.detach() != 1).any()
 
 
+@pytest.mark.parametrize("map", [*MAPS, None])
+def test_grad_scaler_scales_back_and_skips_what_overflowed(map):
+    """Scaled by a power of two the steps are the same to the bit."""
+    W, optimizer = mixed(map=map)
+    V, scaled = copy.deepcopy((W, optimizer))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(4):
+        factors = [torch.randn(w.shape, generator=generator) for w in W]
+        if step == 2:
+            factors[1][0, 0] = 1e38  # Inf once it is scaled: the scaler leaves the step out, all of it
+            scaler.scale(sum((v * f).sum() for v, f in zip(V, factors, strict=True))).backward()
+            before = [v.detach().clone() for v in V]
+            scaler.step(scaled), scaler.update(), scaled.zero_grad()
+            assert all(torch.equal(v, b) for v, b in zip(V, before, strict=True))
+            continue
+        sum((w * f).sum() for w, f in zip(W, factors, strict=True)).backward()
+        scaler.scale(sum((v * f).sum() for v, f in zip(V, factors, strict=True))).backward()
+        optimizer.step(), scaler.step(scaled), scaler.update()
+        optimizer.zero_grad(), scaled.zero_grad()
+        assert all(torch.equal(w, v) for w, v in zip(W, V, strict=True))
+    assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_zero_grad(set_to_none):
+    W, optimizer = mixed()
+    train(optimizer, W, steps=1)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert all(w.grad is None if set_to_none else not w.grad.any() for w in W)
+
+
+COMPILED = [pytest.param(map, marks=pytest.mark.slow if map == "sn" else ()) for map in (*MAPS, None)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its own
+@pytest.mark.parametrize("map", COMPILED)
+def test_step_compiles_to_one_graph(map):
+    """But for SN, whose sums over ranks dynamo cannot follow: more than one there. New numbers and a spoilt gradient do not recompile."""
+    torch._dynamo.reset()
+    W, optimizer = mixed(torch.tensor(0.1), map=map)
+    V, compiled = copy.deepcopy((W, optimizer))
+    step = torch.compile(compiled.step, fullgraph=map != "sn", backend="eager")
+    generator = torch.Generator().manual_seed(4)
+    for number in range(6):
+        for w, v in zip(W, V, strict=True):
+            w.grad = torch.randn(w.shape, generator=generator)
+            v.grad = w.grad.clone()
+        if number == 4:
+            W[0].grad[0, 0] = V[0].grad[0, 0] = torch.nan
+        for group in (*optimizer.param_groups, *compiled.param_groups):
+            group["lr"].fill_(0.1 / (number + 1))
+        optimizer.step()
+        with torch._dynamo.config.patch(error_on_recompile=number > 3):
+            step()
+        for w, v in zip(W, V, strict=True):
+            torch.testing.assert_close(w, v, atol=1e-5, rtol=1e-5)
+    assert optimizer.skipped == compiled.skipped == {"w.0": 1}
+
+
 def test_weights_without_gradient_are_left_alone():
     W, optimizer = mixed()
     W[0].grad = torch.randn(6, 10)
@@ -397,6 +457,25 @@ def test_a_step_of_lr_0_and_gradient_0_changes_no_weight(map, update, lr):
     W.grad = torch.zeros(4, 6)
     SpectralOptimizer([W], lr, update, map, weight_decay=0.1).step()
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("map", [*MAPS, None])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_of_lr_0_and_gradient_0_leaves_a_running_state_as_it_is(map, update, lr, capturable):
+    """Not the count of steps either, where torch's AdamW counts; a step of lr 0 alone, as warm-ups begin with, is a step."""
+    W = parameters((4, 6))
+    optimizer = SpectralOptimizer(W, 0.1, update, map, weight_decay=0.1, capturable=capturable)
+    train(optimizer, W)
+    before = copy.deepcopy(optimizer.state[W[0]])
+    optimizer.param_groups[0]["lr"] = lr
+    W[0].grad = torch.zeros(4, 6)
+    optimizer.step()
+    assert all(torch.equal(torch.as_tensor(now), torch.as_tensor(before[name])) for name, now in optimizer.state[W[0]].items())
+    W[0].grad = torch.ones(4, 6)
+    optimizer.step()
+    assert not torch.equal(optimizer.state[W[0]]["exp_avg" if update == "adam" else "momentum_buffer"], next(iter(before.values())))
 
 
 @pytest.mark.parametrize("map", MAPS)
