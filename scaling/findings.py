@@ -36,8 +36,15 @@ class Finding(Record):
         return self.weights[0] if self.weights else ""
 
     def __str__(self) -> str:
-        lines = [f"{MARKS[self.severity]} {self.what}: {', '.join(fold(self.weights))}", f"    is {self.found}, should be {self.expected}"]
-        return "\n".join([*lines, f"    fix: {self.fix}", *([f"    at {self.where}"] if self.where else [])])
+        return f"{self._headline}\n{self._place}"
+
+    @property
+    def _headline(self) -> str:
+        return f"{MARKS[self.severity]} {self.what} is {self.found}, should be {self.expected}\n    fix: {self.fix}"
+
+    @property
+    def _place(self) -> str:
+        return f"    {', '.join(fold(self.weights))}" + (f"\n        at {self.where}" if self.where else "")
 
 
 class LintReport(Saved):
@@ -68,8 +75,12 @@ class LintReport(Saved):
         return f"{outcome}; {self.model}, {self.weights} weights, {' and '.join(self.optimizers)}, widths {widths}"
 
     def to_text(self) -> str:
-        """The findings for a terminal, the worst first."""
-        return "\n".join([*map(str, self.findings), *([READING] if self.findings else []), self.verdict])
+        """The findings for a terminal, the worst first; what is the same of several weights is said once."""
+        same: dict[str, list[str]] = {}
+        for one in self.findings:
+            same.setdefault(one._headline, []).append(one._place)
+        out = [line for headline, places in same.items() for line in (headline, *places)]
+        return "\n".join([*out, *([READING] if self.findings else []), self.verdict])
 
     def to_markdown(self) -> str:
         """The findings as a GitHub-flavoured Markdown table."""

@@ -149,6 +149,7 @@ class _Part:
     init: Init
     updates: tuple[Response, ...]
     bias: bool
+    later: bool
 
     @property
     def degree(self) -> sympy.Expr:
@@ -255,6 +256,7 @@ class _Linter:
                     init=init,
                     updates=tuple(blocks[i] for blocks in found),
                     bias=place.call.get("bias") is place.operand,
+                    later=k > 0,
                 )
 
     def _of(self, rule: WeightRule, *, unfolded: bool) -> Iterator[Finding]:
@@ -297,12 +299,13 @@ class _Linter:
         """A matrix with two growing fans needs mean 0: a mean μ adds μ·√(fan_in·fan_out) to its norm (TP5, App. B)."""
         if part.block.role != "hidden" or part.init.zero:
             return
-        rows, columns = (float(fan.subs(WIDTH, self.widths[-1])) for fan in (part.block.fan_out, part.block.fan_in))
-        mean, std = abs(part.init.mean[-1]), part.init.std[-1]
-        if mean * (rows * columns) ** 0.5 > 0.25 * std * (rows**0.5 + columns**0.5):
+        mean, std = part.init.mean[-1], part.init.std[-1]
+        fans = [(_at(part.block.fan_out, width) ** 0.5, _at(part.block.fan_in, width) ** 0.5) for width in self.widths]
+        share = [abs(m) * a * b / (s * (a + b) + abs(m)) for m, s, (a, b) in zip(part.init.mean, part.init.std, fans, strict=True)]
+        if share[-1] > 0.25 and all(share) and slope(self.widths, share) > 0.25:  # the identity's is a constant
             yield Finding(
                 kind="mean", severity="error", weights=(part.rule.name,), what=f"mean of the init of a {part.block.role} matrix",
-                found=f"{part.init.mean[-1]:.3g} beside a standard deviation of {std:.3g}", expected="0", factor=None, where=part.source,
+                found=f"{mean:.3g} beside a standard deviation of {std:.3g}", expected="0", factor=None, where=part.source,
                 fix="initialise around zero: nn.init.normal_ or a uniform from -a to a",
             )  # fmt: skip
 
@@ -330,16 +333,11 @@ class _Linter:
 
     def _multiplier(self, part: _Part, power: float, shift: float) -> Finding:
         own = slope(self.widths, part.numbers) if len(set(part.numbers)) > 1 else 0.0
-        instead = f"or its init by {_factor(-power)} and its lr by {_factor(-shift * power)}"
-        return _finding(
-            part,
-            "multiplier",
-            f"forward multiplier of {_a(part)}",
-            _power(own),
-            _power(own - power),
-            -power,
-            f"multiply what it makes by {_factor(-power)} ({instead})",
-        )
+        what, instead = f"forward multiplier of {_a(part)}", f", or its init by {_factor(-power)} and its lr by {_factor(-shift * power)}"
+        if part.later:  # init and lr are bound by the other use
+            what, instead = "forward multiplier of a tied weight, at its later use,", ""
+        fix = f"multiply what it makes here by {_factor(-power)}{instead}"
+        return _finding(part, "multiplier", what, _power(own), _power(own - power), -power, fix)
 
     def _init(self, part: _Part, power: float) -> Finding:
         own, nearest = slope(self.widths, part.init.size), _nearest(power)
@@ -381,15 +379,16 @@ class _Linter:
         if not all(fraction > 0 for fraction in fractions):
             return
         coupled = part.updates[0].coupled
-        mended = rate if coupled else 0.0
-        power = slope(self.widths, fractions) - mended
+        own, mended = slope(self.widths, fractions), rate if coupled else 0.0
+        power = own - mended
         if abs(power) > TOLERANCE:
             nearest = _nearest(power)
             why = "what its lr is divided by" if coupled else "here lr does not multiply it, so it stays as it is at all widths"
             what = f"fraction of {_a(part)} decayed per step, {'lr·weight_decay' if coupled else 'weight_decay without lr'}"
-            what += ", once its lr is mended" if mended else ""
+            what += ", once its lr is mended," if mended else ""
             fix = f"multiply its weight_decay by {_factor(-nearest)}: {why}"
-            yield _finding(part, "weight_decay", what, _power(power), _power(0.0), -nearest, fix)
+            severity = "note" if abs(own) <= TOLERANCE else "error"  # right as it is, but it has to follow the lr
+            yield _finding(part, "weight_decay", what, _power(power), _power(0.0), -nearest, fix, severity)
 
     def _epsilon(self, part: _Part, multiplier: float, folded: sympy.Expr) -> Iterator[Finding]:
         eps = [one.eps for one in part.updates]
@@ -424,15 +423,15 @@ class _Linter:
         largest = [part for own, part in norms if own == most]
         names = tuple(dict.fromkeys(part.rule.name for part in largest))
         adaptive = all(part.degree == 0 for _, part in norms)
-        if power > 0:
+        if most > 0:
             fix = "move their init and lr factor into a forward multiplier, which shrinks their gradients (table 8), or clip them apart"
         else:
-            fix = f"multiply max_norm by {_factor(_nearest(power))}: as it is, it clips less and less"
+            fix = f"multiply max_norm by {_factor(_nearest(power))}: as it is, it clips {'more and more' if power > 0 else 'less and less'}"
         yield Finding(
             kind="clip", severity="warning" if adaptive else "error", weights=names,
-            what="clipping by the norm of all gradients, which these decide",
-            found=f"{_power(slope(self.widths, self.thresholds))} beside a norm like {_power(most)}".replace("like constant", "constant"),
-            expected="a threshold that follows the norm", factor=WIDTH ** sympy.Rational(str(_nearest(power))),
+            what="max_norm of clip_grad_norm_, beside a norm of all gradients that these weights decide,",
+            found=_power(slope(self.widths, self.thresholds)), expected=f"{_power(most)}, as the norm is",
+            factor=WIDTH ** sympy.Rational(str(_nearest(power))),
             where=largest[0].source, fix=fix,
         )  # fmt: skip
 
@@ -477,7 +476,8 @@ def _attention(contraction: Contraction, missing: sympy.Expr) -> Finding:
         expected=formula(1 / size),
         factor=WIDTH ** exponent(missing),
         where=contraction.source,
-        fix=f"scale by {formula(1 / size)}, times a constant: trained q and k align (TP5, definition 4.1)",
+        fix=f"multiply by {formula(missing)}, up to a constant (scaled_dot_product_attention takes scale=, else scale q): "
+        "trained q and k align (TP5, definition 4.1)",
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import compiler
 from scaling import derive
-from scaling.errors import CannotMeasure
+from scaling.errors import CannotMeasure, CaptureFailed
 from scaling.limits import WIDTH
 from scaling.lint import LintReport, lint
 
@@ -171,35 +171,19 @@ def test_a_factor_missing_in_another_gauge_is_found_in_that_gauge(table, without
     assert of(found, kind) == dict.fromkeys(weights, factor)
 
 
-def test_one_over_root_d_attention_left_in_is_one_finding_with_its_line():
-    report = lint(nano(without={"attention scale"}), TOKENS)
-    (finding,) = report.findings
-    assert (finding.kind, finding.factor) == ("attention", 1 / sympy.sqrt(D))
-    assert "scaled_dot_product_attention" in finding.where.code
-    assert set(finding.weights) == {"h.0.attn.qkv.weight", "h.1.attn.qkv.weight"}
-
-
-def test_the_scale_that_torch_hides_is_found_too():
-    def build(d):
-        model, optimizer = nano()(d)
-        for block in model.h:
-            block.attn.scale = None
-        return model, optimizer
-
-    assert {f.kind for f in lint(build, TOKENS).findings} == {"attention"}
-
-
 def test_plain_pytorch_is_told_each_factor_it_lacks():
     def build(d):
         model = models.MLP(d)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 
-    found = faults(build, torch.zeros(2, 16))
+    report = lint(build, torch.zeros(2, 16), (32, 64, 128))
+    found = {(f.kind, f.weights, f.factor) for f in report.faults}
     hidden = {"second.weight": 1 / D, "third.weight": 1 / D}
     assert of(found, "lr") == hidden | {"head.weight": 1 / D}
     assert of(found, "init") == {"head.weight": 1 / sympy.sqrt(D)}
-    assert of(found, "weight_decay") == dict.fromkeys([*hidden, "head.weight"], D)
-    assert {k for k, *_ in found} == {"lr", "init", "weight_decay"}
+    assert {k for k, *_ in found} == {"lr", "init"}
+    notes = {(f.kind, f.weights, f.factor) for f in report.findings if f.severity == "note"}
+    assert of(notes, "weight_decay") == dict.fromkeys([*hidden, "head.weight"], D)  # lr·weight_decay is right until lr is mended
 
 
 def test_the_report_names_weight_factor_line_and_cure():
@@ -210,12 +194,16 @@ def test_the_report_names_weight_factor_line_and_cure():
     report = lint(build, models.ids())
     assert not report.passed
     text = str(report)
-    assert "✗ learning rate of a hidden weight under AdamW: h.[0-1].attn.c_attn.weight" in text
-    assert "is constant in d, should be 1/d" in text
-    assert "lr multiplied by 1/d" in text
+    assert "✗ learning rate of a hidden weight under AdamW is constant in d, should be 1/d" in text
+    assert text.count("✗ learning rate of a hidden weight") == 1
+    assert "\n    fix: a param group of its own, with lr multiplied by 1/d\n    h.[0-1].attn.c_attn.weight\n        at " in text
     assert "models.py" in text
     assert "failed" in text
-    assert LintReport.model_validate_json(report.to_json()) == report
+    assert LintReport.from_json(report.to_json()) == report
+    rows = report.to_markdown().splitlines()
+    assert rows[0].startswith("**Failed: ")
+    assert len(rows) == 7 + len(report.findings) - 1
+    assert all(row.count(" | ") == 6 for row in rows if "`" in row)
 
 
 @pytest.mark.parametrize("place", ["on the weight", "before", "after", "after a bias and a view", "doubled"])
@@ -309,62 +297,156 @@ def test_muon_that_matches_adams_rms_grows_with_width():
     assert of(faults(muon("match_rms_adamw")), "lr") == dict.fromkeys(HIDDEN, 1 / sympy.sqrt(D))
 
 
-def test_muons_max_factor_on_a_readout_is_found():
-    found = faults(muon("original", readout=True), widths=(64, 128, 256))  # wider than the vocabulary, below which max(1, ·) is right
-    assert of(found, "lr") == {"head.weight": 1 / sympy.sqrt(D)}
+# --- public faults, rebuilt small: the report has this finding and no other ----------------------------------------------------------
 
 
-def test_an_embedding_among_the_2d_weights_of_muon_is_found():
-    assert of(faults(muon("original", embedding=True)), "matrix optimizer") == {"wte.weight": None}
+def changed(change, table="table 8", **options):
+    """A correct nanoGPT, then changed: `change(model, groups, m)`, with the param group of each kind of weight."""
 
-
-# --- public faults, rebuilt small ---------------------------------------------------------------------------------------------------
-
-
-def test_an_init_divided_by_m_and_not_its_root_is_found():
     def build(d):
-        model, optimizer = nano()(d)
-        for block in model.h:
-            nn.init.normal_(block.up.weight, std=0.1 / (d / BASE))
+        model, optimizer = nano(table, **options)(d)
+        groups = dict(zip(("embed", "readout", "hidden", "gain"), optimizer.param_groups, strict=True))
+        change(model, groups, d / BASE)
         return model, optimizer
 
-    assert of(faults(build), "init") == dict.fromkeys(("h.0.up.weight", "h.1.up.weight"), sympy.sqrt(D))
+    return build
+
+
+def init_over_m(model, groups, m):
+    """EleutherAI/gpt-neox#1087: the init divided by m, not by √m."""
+    for block in model.h:
+        nn.init.normal_(block.up.weight, std=0.1 / m)
+
+
+def lions_head(model, groups, m):
+    """allenai/OLMo-core#854: Lion's 1/√d for the head lr, under AdamW."""
+    groups["readout"]["lr"] = 1e-3 * m**-0.5
+
+
+def root_d_attention(model, groups, m):
+    """cloneofsimo/minRF#10."""
+    for block in model.h:
+        block.attn.scale = (16 * m) ** -0.5
+
+
+def default_attention(model, groups, m):
+    """The same, hidden in scaled_dot_product_attention."""
+    for block in model.h:
+        block.attn.scale = None
+
+
+def decay_not_times_m(model, groups, m):
+    """microsoft/mup#73."""
+    groups["hidden"]["weight_decay"] = 0.1
+
+
+class Conv1D(nn.Module):
+    """An output layer in GPT-2's (in, out) layout, read as (out, in) by its init: fan_in = 61, and by its group (P03)."""
+
+    def __init__(self, d, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d, outputs) / outputs**0.5)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def conv1d(table):
+    def build(d):
+        model, optimizer = nano(table, eps=1e-12)(d)
+        head = Conv1D(d, VOCAB)
+        for group in optimizer.param_groups:
+            group["params"] = [head.weight if w is model.head.weight else w for w in group["params"]]
+            if group["params"][0] is head.weight:
+                group |= {"lr": 1e-3, "weight_decay": 0.1}
+        model.head = head
+        return model, optimizer
+
+    return build
+
+
+UPS = ("h.0.up.weight", "h.1.up.weight")
+QKV = ("h.0.attn.qkv.weight", "h.1.attn.qkv.weight")
+ROOT = sympy.sqrt(D)
+SDPA = "scaled_dot_product_attention"
+PUBLIC = {
+    "init over m": (changed(init_over_m), "init", UPS, "1/d", "1/√d", ROOT, "self.up(", "multiply its init_std by √d"),
+    "Lion's head lr": (
+        changed(lions_head, "table 3", eps=1e-12, decay=0),
+        "lr", ("head.weight",), "1/√d", "1/d", 1 / ROOT, "self.head(", "lr multiplied by 1/√d",
+    ),
+    "1/√d attention": (changed(root_d_attention), "attention", QKV, "2/√d", "4/d", 1 / ROOT, SDPA, "multiply by 2/√d"),
+    "hidden 1/√d attention": (changed(default_attention), "attention", QKV, "2/√d", "4/d", 1 / ROOT, SDPA, "takes scale="),
+    "decay without m": (
+        changed(decay_not_times_m),
+        "weight_decay", HIDDEN, "1/d", "constant in d", D, "self.", "multiply its weight_decay by d",
+    ),
+    "Conv1D as (out, in)": (
+        conv1d("table 3"),
+        "multiplier", ("head.weight",), "constant in d", "1/d", 1 / D, "x @ self.weight", "multiply what it makes here by 1/d",
+    ),
+    "Muon's max(1, ·) on a readout": (
+        muon("original", readout=True), "lr", ("head.weight",), "constant in d", "1/√d", 1 / ROOT, "self.head(", "lr multiplied by 1/√d",
+    ),
+    "embedding in Muon": (
+        muon("original", embedding=True),
+        "matrix optimizer", ("wte.weight",), "updated as one matrix", "updated row by row", None, "self.wte(", "give embeddings to AdamW",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PUBLIC)
+def test_a_public_fault_is_named_alone_with_weight_value_factor_line_and_cure(case):
+    build, kind, weights, found, expected, factor, code, fix = PUBLIC[case]
+    findings = lint(build, TOKENS, (64, 128, 256)).faults
+    assert {f.kind for f in findings} == {kind}
+    assert {name for f in findings for name in f.weights} == set(weights)
+    for finding in findings:
+        assert (finding.severity, finding.found, finding.expected, finding.factor) == ("error", found, expected, factor)
+        assert code in finding.where.code
+        assert finding.where.file.endswith("test_lint.py")
+        assert fix in finding.fix
+
+
+class WithMHA(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.stem, self.attn = nn.Linear(16, d, bias=False), nn.MultiheadAttention(d, 4, bias=False, batch_first=True)
+        self.head = nn.Linear(d, 10, bias=False)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+
+def test_one_over_root_d_inside_torchs_multihead_attention_is_found():
+    def build(d):
+        model = WithMHA(d)
+        hidden = [model.attn.in_proj_weight, model.attn.out_proj.weight]
+        for weight in hidden:
+            nn.init.normal_(weight, std=d**-0.5)
+        nn.init.normal_(model.head.weight, std=1 / d)
+        groups = [{"params": [*hidden, model.head.weight], "lr": 1 / d}, {"params": [model.stem.weight]}]
+        return model, torch.optim.AdamW(groups, weight_decay=0)
+
+    (finding,) = lint(build, torch.randn(2, 3, 16), (32, 64, 128)).findings
+    assert (finding.kind, finding.weights, finding.factor) == ("attention", ("attn.in_proj_weight",), 1 / ROOT)
+    assert "self.attn(x, x, x" in finding.where.code
+    assert "scale q" in finding.fix
 
 
 def test_mup_that_is_silently_off_is_found_factor_by_factor():
+    """EleutherAI/gpt-neox#1061: always built with use_mup=False."""
     off = {"readout multiplier", "hidden init", "hidden lr", "hidden decay", "attention scale"}
-    found = faults(nano(without=off, eps=1e-12))
-    assert {k for k, *_ in found} == {"multiplier", "init", "lr", "weight_decay", "attention"}
-
-
-def test_lions_one_over_root_d_head_lr_under_adamw_is_found():
-    def build(d):
-        model, optimizer = nano("table 3", eps=1e-12, decay=0)(d)
-        for group in optimizer.param_groups:
-            if group["params"][0] is model.head.weight:
-                group["lr"] = 1e-3 * (d / BASE) ** -0.5
-        return model, optimizer
-
-    assert faults(build) == {("lr", ("head.weight",), 1 / sympy.sqrt(D))}
-
-
-def test_a_head_kept_in_and_out_order_and_read_as_a_linear_is_found():
-    """P03: fan_in is what is summed over, not the second axis."""
-
-    class Conv1D(nn.Module):
-        def __init__(self, d):
-            super().__init__()
-            self.stem = nn.Linear(16, d, bias=False)
-            self.weight = nn.Parameter(torch.randn(d, 10) / math.sqrt(10))
-
-        def forward(self, x):
-            return torch.relu(self.stem(x)) @ self.weight
-
-    def build(d):
-        model = Conv1D(d)
-        return model, torch.optim.Adam(model.parameters(), lr=1e-3)
-
-    assert faults(build, torch.zeros(2, 16)) == {("multiplier", ("weight",), 1 / D)}
+    report = lint(nano(without=off, eps=1e-12), TOKENS)
+    found = {(f.kind, f.severity): {name for g in report.findings if g.kind == f.kind for name in g.weights} for f in report.findings}
+    assert found == {
+        ("multiplier", "error"): {"head.weight"},
+        ("init", "error"): set(HIDDEN),
+        ("lr", "error"): set(HIDDEN),
+        ("attention", "error"): set(QKV),
+        ("weight_decay", "note"): set(HIDDEN),
+    }
 
 
 def test_a_bare_tie_lacks_the_readout_multiplier_on_its_later_use():
@@ -425,6 +507,118 @@ def test_torchs_bias_init_is_noted_but_does_not_fail():
     assert report.faults == ()
     assert {f.weight for f in report.findings} <= {"second.bias", "third.bias", "head.bias"}
     assert {"second.bias", "third.bias"} <= {name for f in report.findings for name in f.weights}
+
+
+def test_a_decay_that_lr_does_not_multiply_stays_as_it_is():
+    """P48: independent decay (u-muP, Loshchilov & Hutter's own), rescaled by m as torch's would have to be."""
+
+    class Independent(torch.optim.Optimizer):
+        def __init__(self, groups):
+            super().__init__([{k: g[k] for k in ("params", "lr", "weight_decay")} for g in groups], {})
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for W in group["params"]:
+                    if W.grad is not None:
+                        W.mul_(1 - group["weight_decay"]).sub_(W.grad.sign(), alpha=group["lr"])
+
+    found = lint(nano("table 3", optimizer=Independent, decay=1e-3), TOKENS, (32, 64, 128)).faults
+    assert {(f.kind, f.factor) for f in found} == {("weight_decay", 1 / D)}
+    assert {name for f in found for name in f.weights} == {*HIDDEN, "head.weight"}
+    assert all("lr does not multiply it" in f.fix for f in found)
+    constant = nano("table 3", optimizer=Independent, without=("hidden decay", "readout decay"), decay=1e-3)
+    assert faults(constant) == set()
+
+
+@pytest.mark.parametrize(
+    ("table", "clip", "power"),
+    [
+        ("table 3", 1.0, 1 / 2),
+        ("table 8", 1.0, 0),
+        ("table 9", 1.0, 0),
+        ("table 8", lambda d: BASE / d, 1),
+        ("table 3", lambda d: d**0.5, 0),
+    ],
+)
+def test_a_constant_clipping_threshold_needs_a_gauge_of_constant_gradients(table, clip, power):
+    """P46, D2: in table 3 the readout's gradient grows like √d."""
+    report = lint(nano(table), TOKENS, (32, 64, 128), clip=clip)
+    if not power:
+        assert report.findings == ()
+        return
+    (finding,) = report.findings
+    assert finding.factor == D ** sympy.Rational(str(power))
+    assert finding.severity == "warning"
+    assert ("head.weight" in finding.weights) == (table == "table 3")
+
+
+def whole(make):
+    def build(d):
+        model = make(d)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+    return build
+
+
+@pytest.mark.parametrize(("make", "depth"), [(models.gpt2, "transformer.h.0."), (models.llama, "model.layers.0.")])
+def test_a_hugging_face_model_is_told_that_initializer_range_ignores_width(make, depth):
+    """P51: σ = 0.02 at every width; embeddings and gains are right as they are."""
+    found = faults(whole(make), models.ids())
+    hidden = {name for name, W in make(32).named_parameters() if W.ndim == 2 and name.startswith(depth)}
+    for kind, factor in (("init", 1 / ROOT), ("lr", 1 / D)):
+        assert {n: f for n, f in of(found, kind).items() if n.startswith(depth)} == dict.fromkeys(hidden, factor)
+    (readout,) = [(names, factor) for kind, names, factor in found if kind == "multiplier"]
+    assert readout == (("transformer.wte.weight",) if make is models.gpt2 else ("lm_head.weight",), 1 / D)
+    assert {kind for kind, *_ in found} == {"init", "lr", "multiplier"}
+
+
+@pytest.mark.parametrize("init", [nn.init.orthogonal_, nn.init.eye_, nn.init.zeros_, nn.init.ones_], ids=lambda f: f.__name__)
+def test_orthogonal_identity_and_zero_matrices_are_right_and_constant_ones_are_not(init):
+    def build(d):
+        model, optimizer = nano()(d)
+        for block in model.h:
+            init(block.attn.out.weight)
+            with torch.no_grad():
+                block.attn.out.weight.mul_(d**-0.5 if init is nn.init.ones_ else 1)
+        return model, optimizer
+
+    assert {k for k, *_ in faults(build)} == ({"mean"} if init is nn.init.ones_ else set())
+
+
+def test_frozen_weights_and_buffers_are_no_matter_of_lint():
+    def build(d):
+        model, optimizer = nano()(d)
+        model.wpe.weight.requires_grad_(False)
+        model.register_buffer("steps", torch.zeros(d))
+        return model, optimizer
+
+    assert faults(build) == set()
+
+
+def test_lr_scale_as_in_nanogpt_mup_counts_as_the_training_loop_counts_it():
+    def build(right):
+        def built(d):
+            model, optimizer = nano()(d)
+            groups = [
+                {"params": g["params"], "weight_decay": 0.0, "lr_scale": g["lr"] / 1e-3 if right else 1.0} for g in optimizer.param_groups
+            ]
+            return model, torch.optim.AdamW(groups, lr=1e-3, eps=1e-12)
+
+        return built
+
+    assert faults(build(right=True)) == set()
+    assert of(faults(build(right=False)), "lr") == dict.fromkeys(HIDDEN, 1 / D)
+
+
+def test_a_weight_whose_lr_is_zero_is_a_warning():
+    def build(d):
+        model, optimizer = nano()(d)
+        optimizer.param_groups[0]["lr"] = 0.0
+        return model, optimizer
+
+    found = {(f.kind, f.severity, f.weight, f.found) for f in lint(build, TOKENS, (32, 64)).findings}
+    assert found == {("lr", "warning", name, "0") for name in EMBEDDINGS}
 
 
 # --- the mup package ----------------------------------------------------------------------------------------------------------------
@@ -513,10 +707,78 @@ def test_what_this_project_compiles_passes(make, args, optimizer):
 # --- wrong use ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_use_is_refused_with_what_to_do():
-    with pytest.raises(CannotMeasure, match="not a pair"):
-        lint(models.MLP, torch.zeros(2, 16))
-    with pytest.raises(CannotMeasure, match="no two widths"):
-        lint(nano(), TOKENS, (64,))
-    with pytest.raises(CannotMeasure, match="in place of an optimizer"):
-        lint(lambda d: (models.MLP(d), 3), torch.zeros(2, 16))
+LATER = {}
+
+
+def cached(d):
+    return LATER.setdefault(d, nano()(d))
+
+
+def remade(d):
+    return nano()(d)[0], nano()(d)[1]
+
+
+def deeper(d):
+    model, optimizer = nano()(d)
+    model.more = nn.ModuleList(nn.Linear(d, d) for _ in range(d // 32))
+    return model, optimizer
+
+
+def on_meta(d):
+    with torch.device("meta"):
+        model = models.MLP(d)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def raises(d):
+    class Broken(models.MLP):
+        def forward(self, x):
+            raise ValueError("not today")
+
+    model = Broken(d)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+REFUSED = {
+    "a model alone": (models.MLP, (32, 64), CannotMeasure, r"returned a MLP, not a pair \(model, optimizer\)"),
+    "three things": (lambda d: (*nano()(d), None), (32, 64), CannotMeasure, r"returned \(NanoGPT, AdamW, NoneType\), not a pair"),
+    "the other way round": (lambda d: nano()(d)[::-1], (32, 64), CannotMeasure, r"returned \(AdamW, NanoGPT\)"),
+    "no optimizer": (lambda d: (models.MLP(d), 3), (32, 64), CannotMeasure, "returned a int in place of an optimizer"),
+    "one width": (nano(), (64, 64), CannotMeasure, "no two widths"),
+    "a width that is ignored": (lambda d: nano()(64), (32, 64), CannotMeasure, "same shapes\n.*follow build's argument"),
+    "the same model again": (cached, (32, 64), CannotMeasure, "the same model twice"),
+    "an optimizer of another model": (remade, (32, 64), CannotMeasure, "none of the model's weights"),
+    "depth that changes too": (deeper, (32, 64), CannotMeasure, r"different weights: more\.1"),
+    "a model without values": (on_meta, (32, 64), CannotMeasure, "meta device"),
+    "a model that cannot run": (raises, (32, 64), CaptureFailed, "not today"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_use_is_refused_with_what_to_do(case):
+    build, widths, error, match = REFUSED[case]
+    with pytest.raises(error, match=match):
+        lint(build, TOKENS if case != "a model that cannot run" else torch.zeros(2, 16), widths)
+
+
+def test_the_order_of_widths_does_not_matter():
+    one, two = (lint(nano(without={"hidden lr"}), TOKENS, widths) for widths in ((32, 64, 128), (128, 32, 64, 64)))
+    assert one.findings == two.findings
+
+
+def test_no_training_happens_and_what_build_returned_stays_as_it_was():
+    kept = []
+
+    def build(d):
+        kept.append(nano()(d))
+        return kept[-1]
+
+    lint(build, TOKENS, (32, 64))
+    for model, optimizer in kept:
+        width = model.wte.embedding_dim
+        with torch.random.fork_rng():
+            torch.manual_seed(0 if model in (kept[0][0], kept[2][0]) else 1)
+            fresh, _ = nano()(width)
+        torch.testing.assert_close(model.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+        assert all(W.grad is None for W in model.parameters())
+        assert not optimizer.state
