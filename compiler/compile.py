@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from compiler.blocks import axes_of, covers, plain
 from compiler.errors import BadOption
 from compiler.factors import Base, Factors, base_model, ruled_weights
 from compiler.model import plan_init, plan_multipliers
 from compiler.optimizer import SpectralOptimizer
+from compiler.options import NEW_OPTIONS
 from scaling.errors import UnknownName
 from scaling.records import Block, ScalingTable
 
@@ -66,6 +68,11 @@ def compile(
     accuracy: str = "default",
     strict: bool = False,
     nonfinite: str = "skip",
+    travel: str = "auto",
+    process_group: ProcessGroup | None = None,
+    capturable: bool = False,
+    master: bool = False,
+    workspace: int = NEW_OPTIONS["workspace"],
     generator: torch.Generator | None = None,
 ) -> tuple[nn.Module, SpectralOptimizer]:
     """Initialise the model by the table, in place, and build its optimizer.
@@ -75,7 +82,8 @@ def compile(
     change of RMS lr per unit input).
 
     Args:
-        model: of the table's shapes at some width. Compile before wrapping (DDP, FSDP, torch.compile): rules go by name.
+        model: of the table's shapes at some width. Compile before wrapping it in DDP or torch.compile: rules go by name. Over FSDP2:
+            `init_`, then fully_shard, then compile with init=None, as the optimizer has to hold the sharded weights.
         table: from `scaling.derive`.
         optimizer: a name of `OPTIMIZERS`.
         lr: the nominal learning rate; every group carries it, `step` applies the factors.
@@ -96,6 +104,11 @@ def compile(
         accuracy: of msign, see `compiler.msign`.
         strict: "sn" never exceeds spectral norm 1.
         nonfinite: "skip" or "raise", what `step` does about NaN and Inf in a gradient.
+        travel: see `SpectralOptimizer`, like the next four.
+        process_group: of ranks that share the work on replicated weights.
+        capturable: nothing in `step` is read by the host.
+        master: keep bf16 weights to fp32 precision.
+        workspace: bytes of temporary memory of a step, about.
         generator: of the initial random numbers.
 
     Returns:
@@ -114,7 +127,8 @@ def compile(
     built = base_model(base)
     factors = Factors.of(model, table, built or base, base_depth)
     shared = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "clip": clip, "maximize": maximize}
-    shared |= {"accuracy": accuracy, "strict": strict, "nonfinite": nonfinite}
+    shared |= {"accuracy": accuracy, "strict": strict, "nonfinite": nonfinite, "travel": travel}
+    shared |= {"capturable": capturable, "master": master, "workspace": workspace}
     groups: dict[str, dict[str, Any]] = {}
     for name, weight, rule in ruled_weights(model, table):
         blocks = []
@@ -125,7 +139,7 @@ def compile(
         plan = _plan(blocks, tuple(weight.shape))
         group = groups.setdefault(json.dumps(plan), {"params": [], **shared, **plan})
         group["params"].append((name, weight))
-    opt = SpectralOptimizer(groups.values(), lr, **shared)
+    opt = SpectralOptimizer(groups.values(), lr, process_group=process_group, **shared)
     actions = plan_init(model, table, factors, built, init, generator) if init is not None else []
     for action in [*actions, *plan_multipliers(model, table, factors)]:
         action()

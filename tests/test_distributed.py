@@ -55,7 +55,7 @@ def both(placement, options, dtype=torch.float32):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     alone = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype)) for i, (shape, _) in enumerate(WEIGHTS)]
     place = [placement if placement.is_replicate() or len(shape) > placement.dim else Replicate() for shape, _ in WEIGHTS]
-    spread = [nn.Parameter(distribute_tensor(W.detach().clone(), mesh, [p])) for W, p in zip(alone, place, strict=True)]
+    spread = [nn.Parameter(distribute_tensor(W.detach().clone(), mesh, [p], src_data_rank=None)) for W, p in zip(alone, place, strict=True)]
     return [
         (Ws, SpectralOptimizer([group(W, own, i) for i, (W, (_, own)) in enumerate(zip(Ws, WEIGHTS, strict=True))], 0.1, **options))
         for Ws in (alone, spread)
@@ -65,7 +65,7 @@ def both(placement, options, dtype=torch.float32):
 def gradients(Ws, step, scale=1.0):
     for i, W in enumerate(Ws):
         G = torch.randn(W.shape, generator=torch.Generator().manual_seed(1000 * step + i)).to(W.dtype) * scale
-        W.grad = distribute_tensor(G, W.device_mesh, W.placements) if isinstance(W, DTensor) else G
+        W.grad = distribute_tensor(G, W.device_mesh, W.placements, src_data_rank=None) if isinstance(W, DTensor) else G
 
 
 def furthest(alone, spread):
@@ -89,6 +89,7 @@ def updates_are_those_of_one_process(placement, options, tolerance):
 
 
 MAPPINGS = [{}, {"map": "sn"}, {"map": "svc", "clip": 0.3}, {"map": "sn", "strict": True}, {"update": "adam", "maximize": True}]
+MAPPINGS += [{"capturable": True, "update": "adam"}, {"capturable": True, "map": "sn"}]
 
 
 def every_map_on_every_placement(tolerance):
@@ -174,15 +175,13 @@ def test_bytes_are_those_of_the_plan(tmp_path):
 # --- gradients ----------------------------------------------------------------------------------------------------------------
 
 
-def missing_and_spoilt_gradients():
+def missing_and_spoilt_gradients(capturable):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weights = [nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)])) for _ in range(4)]
     weights.append(nn.Parameter(distribute_tensor(torch.ones(9), mesh, [Shard(0)])))
     for map in ("msign", "sn"):
-        matrices, vector = weights[:4], {"params": [("v", weights[4])], **ADAM}
-        optimizer = SpectralOptimizer(
-            [{"params": [(f"w{i}", W) for i, W in enumerate(matrices)], "map": map}, vector], 0.1, weight_decay=0.1
-        )
+        groups = [{"params": [(f"w{i}", W) for i, W in enumerate(weights[:4])], "map": map}, {"params": [("v", weights[4])], **ADAM}]
+        optimizer = SpectralOptimizer(groups, 0.1, weight_decay=0.1, capturable=capturable)
         before = [W.full_tensor().clone() for W in weights]
         gradients(weights, 0)
         if dist.get_rank() == 0:
@@ -195,8 +194,11 @@ def missing_and_spoilt_gradients():
         moved = [not torch.equal(a, b.full_tensor()) for a, b in zip(before, weights, strict=True)]
         assert moved == [True, False, False, True, False]
         assert optimizer.skipped == {"w2": 1, "v": 1}
-        assert [W in optimizer.state for W in weights] == [True, False, False, True, False]
-    optimizer = SpectralOptimizer([("w", weights[0])], 0.1, nonfinite="raise")
+        for W, updated in zip(weights, moved, strict=True):
+            state = optimizer.state.get(W, {})
+            assert any(T.full_tensor().any() for T in state.values() if isinstance(T, DTensor)) == updated
+            assert bool(state) in (updated, capturable)  # a device does not know who has a gradient: the state is made, and stays zero
+    optimizer = SpectralOptimizer([("w", weights[0])], 0.1, nonfinite="raise", capturable=capturable)
     gradients(weights, 0)
     if dist.get_rank() == 0:
         weights[0].grad.to_local().fill_(torch.nan)
@@ -207,8 +209,9 @@ def missing_and_spoilt_gradients():
         optimizer.step()
 
 
-def test_a_gradient_missing_or_spoilt_on_one_rank_is_agreed_on(tmp_path):
-    over(2, missing_and_spoilt_gradients, tmp_path)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_gradient_missing_or_spoilt_on_one_rank_is_agreed_on(capturable, tmp_path):
+    over(2, missing_and_spoilt_gradients, tmp_path, capturable)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------------
