@@ -227,7 +227,8 @@ class Axes:
             segments.append(Segment(at, _plus(at, size), dim))
             at = _plus(at, size)
         whole = Atom(at)
-        whole.segments = segments
+        if any(self.resolve(dim) for dim, _ in present):  # axes of length 1 are nothing that a sum could be read off
+            whole.segments = segments
         self.joined_cats.append(whole)
         return (whole,)
 

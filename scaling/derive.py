@@ -30,7 +30,7 @@ __all__ = ["derive"]
 def derive(
     model: nn.Module | Callable[[int], nn.Module] | torch.export.ExportedProgram,
     args: Any = None,
-    kwargs: dict[str, Any] | None = None,
+    kwargs: dict[str, Any] | Callable[[int], dict[str, Any]] | None = None,
     *,
     widths: Sequence[int] | None = None,
     also: nn.Module | None = None,
@@ -49,7 +49,7 @@ def derive(
             ExportedProgram, with its own example inputs.
         args: its positional inputs as for `torch.export`: a tuple, or a lone tensor; with a factory also a function of the width.
             Left out, they are made up from what the model's first layers consume.
-        kwargs: its keyword inputs.
+        kwargs: its keyword inputs; with a factory also a function of the width.
         widths: at least two widths at which to build the factory; the first is the table's `size`.
         also: the same model at another width.
         fixed: `{weight pattern: axis}`: the axis, and all the graph joins to it, does not grow.
@@ -124,7 +124,7 @@ def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int]
 
 
 def _graph(
-    models: list[nn.Module], args: Any, kwargs: dict[str, Any] | None, widths: Sequence[int] | None
+    models: list[nn.Module], args: Any, kwargs: dict[str, Any] | Callable[[int], dict[str, Any]] | None, widths: Sequence[int] | None
 ) -> tuple[LayerGraph, tuple[str, ...]]:
     if len(models) > 1:
         labels = [f"d={width}" for width in widths] if widths is not None else ["the model", "the other width"]
@@ -140,7 +140,12 @@ def _graph(
     return align([own], ["the model"]), ()
 
 
-def _recorded(model: nn.Module, args: Any, kwargs: dict[str, Any] | None, width: int | None) -> Recording:
+def _recorded(model: nn.Module, args: Any, kwargs: dict[str, Any] | Callable[[int], dict[str, Any]] | None, width: int | None) -> Recording:
+    if callable(kwargs):
+        if width is None:
+            message = "kwargs as a function of the width need a factory: derive(build, args, kwargs, widths=(64, 128))"
+            raise ScalingError(message)
+        kwargs = kwargs(width)
     if args is None and not kwargs:
         return made_up(model)[1]
     if callable(args) and not isinstance(args, torch.Tensor):

@@ -106,6 +106,10 @@ COMBINE = {
 }
 """Operators that make one weight out of several: weight and spectral norm, merged adapters."""
 
+LOOKUPS = {"aten.embedding", "aten.embedding_bag", "aten.index_select"}
+CONTRACT = {*(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "einsum", "conv1d", "conv2d", "conv3d"))}
+"""Operators that give data if a weight meets a constant in them: the sines of positions, a grid of coordinates."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
@@ -168,7 +172,8 @@ class LayerGraph:
                 if (
                     "data" in inputs
                     or (weights > 1 and call.name not in COMBINE and not _becomes_a_kernel(node))
-                    or (call.name in {"aten.embedding", "aten.embedding_bag", "aten.index_select"} and weights)
+                    or (call.name in LOOKUPS and weights)
+                    or (call.name in CONTRACT and weights and kinds[node.all_input_nodes[0]] == "constant" and not _becomes_a_kernel(node))
                 ):
                     kinds[node] = "data"
                 else:

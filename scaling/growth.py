@@ -277,7 +277,13 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
     dotted = [leaves for leaves in factors if any("dot" in atom.facts for atom in leaves)]
     open_ = [leaves for leaves in factors if not all(atom in decided for atom in leaves) and (is_hub or not _anchored(leaves))]
     wanted = sorted(
-        open_, key=lambda leaves: ((leaves in dotted) != (heads == "fixed"), _has_fact(leaves, "groups"), _has_fact(leaves, "repeated"))
+        open_,
+        key=lambda leaves: (
+            (leaves in dotted) != (heads == "fixed"),
+            _has_fact(leaves, "groups"),
+            _has_fact(leaves, "bank"),
+            _has_fact(leaves, "repeated") and leaves is not factors[0],  # the heads that share one key, or one B and C of a state space
+        ),
     )
     chosen = wanted[0] if growing and wanted else []
     for leaves in factors:
@@ -296,7 +302,7 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
 
 
 def _anchored(leaves: list[Atom]) -> bool:
-    return any(fact in atom.facts for fact in ANCHORS if fact != "repeated" for atom in leaves)
+    return any(fact in atom.facts for fact in ANCHORS if fact not in {"repeated", "bank"} for atom in leaves)
 
 
 def _has_fact(leaves: list[Atom], fact: str) -> bool:

@@ -1,18 +1,24 @@
-"""A Hugging Face model at another width: its own config with every width and head count doubled, rebuilt on the meta device.
+"""What the interface of a Hugging Face model tells: itself at another width, and inputs on which it runs.
 
-Config fields are Hugging Face's documented interface; head_dim, vocabularies, positions, kernels and ranks that are not listed stay.
+The names of config fields and of forward's parameters are Hugging Face's documented interface. At twice the width every width and head
+count is doubled; head_dim, vocabularies, positions, kernels and ranks that are not listed stay.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["at_twice_the_width"]
+__all__ = ["at_twice_the_width", "calls", "with_placeholders"]
+
+BATCH, LENGTH = 2, 8
 
 WIDTH_FIELDS = re.compile(
     r"(en|de)coder_(hidden_size|hidden_dim|ffn_dim|dim|intermediate_size|feedforward_dim|in_channels)"
@@ -48,12 +54,280 @@ def at_twice_the_width(model: nn.Module) -> nn.Module | None:
 
 def _scaled(config: Any) -> Any:
     out = copy.deepcopy(config)
-    for name, value in list(vars(out).items()):
-        if hasattr(value, "to_dict"):
-            setattr(out, name, _scaled(value))
-        elif WIDTH_FIELDS.fullmatch(name) or HEAD_FIELDS.fullmatch(name):
-            if isinstance(value, int) and not isinstance(value, bool):
-                setattr(out, name, 2 * value)
-            elif isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
-                setattr(out, name, type(value)(2 * v for v in value))
+    doubled = {name: twice for name, value in vars(config).items() if (twice := _doubled(name, value)) is not value}
+    for name, value in (_derived(config, doubled) | doubled).items():
+        setattr(out, name, value)
     return out
+
+
+def _doubled(name: str, value: Any) -> Any:
+    """The field's value at twice the width: the same object if it is no width."""
+    if hasattr(value, "to_dict"):
+        return _scaled(value)
+    if not (WIDTH_FIELDS.fullmatch(name) or HEAD_FIELDS.fullmatch(name)):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return 2 * value
+    return type(value)(2 * v for v in value) if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value) else value
+
+
+def _derived(config: Any, doubled: dict[str, Any]) -> dict[str, Any]:
+    """What the config's constructor computes from other fields, where it is still what the constructor made it."""
+    takes = [name for name in inspect.signature(type(config)).parameters if name in vars(config)]
+    try:
+        fields = copy.deepcopy((vars(config), vars(config) | doubled))  # a constructor writes into the sub-configs it is given
+        before, after = (type(config)(**{name: of[name] for name in takes}) for of in fields)
+    except Exception:  # whatever a config validator raises
+        return {}
+    made = {name: value for name, value in vars(after).items() if name not in takes and isinstance(value, (int, float, list, tuple))}
+    return {name: value for name, value in made.items() if vars(before).get(name) == vars(config).get(name) != value}
+
+
+# what its forward takes
+
+
+def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keyword inputs by the names of the forward's parameters and the config's sizes, the fullest call first."""
+    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if main is None or config is None:
+        return
+    sizes, names = _Sizes(config), inspect.signature(model.forward).parameters
+    more: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
+    seen = []
+    for call in _fullest_first(main, list(names), sizes):
+        described = {name: value.shape for name, value in call.items()}
+        if call and described not in seen:
+            seen.append(described)
+            yield call | more
+
+
+def _fullest_first(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    decoder = {"decoder_input_ids": sizes.ids(LENGTH - 1)} if "decoder_input_ids" in names else {}
+    for group in (calls for function in GROUPS for calls in [list(function(names, sizes))] if calls):
+        for call in group:
+            yield call | {"input_ids": sizes.ids()} if main == "input_ids" and "input_ids" in names else call
+            yield call
+    present = [name for name in MODALITIES if name in names]
+    main = main if main in present else next(iter(present), main)
+    for value in MODALITIES[main](sizes) if main in MODALITIES else ():
+        others = {name: next(MODALITIES[name](sizes)) for name in ("input_ids", "pixel_values") if name in names and name != main}
+        if "bbox" in names:
+            others["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
+        cross = sizes.cross_attention and "encoder_hidden_states" in names and not decoder
+        encoded = {"encoder_hidden_states": torch.zeros(BATCH, LENGTH + 1, sizes.hidden)} if cross else {}
+        for extra in (others | encoded, {**others}, {}):
+            for tokens in (decoder, {}):
+                yield {main: value, **extra, **tokens}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The config's sizes, looked for in its sub-configs too."""
+
+    config: Any
+
+    def first(self, names: str, default: Any) -> Any:
+        """The first of these fields that is set, here or below."""
+        found = (value for config in _configs(self.config) for name in names.split() if (value := getattr(config, name, None)) is not None)
+        return next((value for value in found if not hasattr(value, "to_dict")), default)
+
+    def ids(self, length: int = LENGTH) -> Tensor:
+        """Token ids, small and different."""
+        return (torch.arange(BATCH * length) % 3 + 1).reshape(BATCH, length)
+
+    @property
+    def hidden(self) -> int:
+        """The width of the stream."""
+        return self.first("hidden_size d_model n_embd dim embed_dim", 64)
+
+    @property
+    def cross_attention(self) -> bool:
+        """Whether it is a decoder that reads an encoder's output."""
+        return bool(self.first("add_cross_attention", default=False) or self.first("is_decoder", default=False))
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return self.first("num_channels in_chans in_channels", 3)
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        size = self.first("image_size img_size input_size", 224)
+        height, width = tuple(size)[-2:] if isinstance(size, (tuple, list)) else (size, size)
+        return height, width
+
+    @property
+    def mels(self) -> tuple[int, ...]:
+        """Features of a frame of sound, the likeliest first."""
+        own = self.first("num_mel_bins feature_projection_input_dim input_feat_per_channel n_mels input_dim", 80)
+        return tuple(dict.fromkeys((own, 80, 128, 160))) if isinstance(own, int) else (80, 128, 160)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", None) or {}:
+        below = getattr(config, name, None)
+        if hasattr(below, "to_dict"):
+            yield from _configs(below)
+
+
+def _images(sizes: _Sizes) -> Iterator[Tensor]:
+    for height, width in dict.fromkeys((sizes.image, (224, 224), (64, 64))):
+        yield torch.zeros(BATCH, sizes.channels, height, width)
+    height, width = sizes.image
+    frames = sizes.first("num_frames frames_per_clip", 8)
+    yield torch.zeros(BATCH, frames, sizes.channels, height, width)
+    yield torch.zeros(BATCH, sizes.channels, frames, height, width)
+    yield torch.zeros(BATCH, 2, sizes.channels, height, width)
+    yield torch.zeros(BATCH, 2, 1, 224, 224)
+
+
+def _videos(sizes: _Sizes) -> Iterator[Tensor]:
+    height, width = sizes.image
+    for frames, size in ((sizes.first("num_frames frames_per_clip", 8), (height, width)), (sizes.first("frames_per_clip", 16), (256, 256))):
+        yield torch.zeros(1, frames, sizes.channels, *size)
+
+
+def _waves(sizes: _Sizes) -> Iterator[Tensor]:
+    yield torch.zeros(BATCH, 16000)
+    yield torch.zeros(BATCH, 1, 16000)
+    yield torch.zeros(BATCH, sizes.first("max_length", 1024), sizes.mels[0])
+    yield torch.zeros(BATCH, 1, 24000)
+
+
+def _spectra(sizes: _Sizes) -> Iterator[Tensor]:
+    for mels in sizes.mels:
+        yield torch.zeros(BATCH, mels, 3000)
+        yield torch.zeros(BATCH, 100, mels)
+    yield torch.zeros(BATCH, sizes.mels[0], 100)
+    yield torch.zeros(BATCH, 1, 1001, 64)
+
+
+def _series(sizes: _Sizes) -> Iterator[Tensor]:
+    length, channels = sizes.first("context_length", 32), sizes.first("num_input_channels input_size", 1)
+    yield torch.zeros(BATCH, length, channels)
+    yield torch.zeros(BATCH, length)
+
+
+def _embeddings(sizes: _Sizes) -> Iterator[Tensor]:
+    yield torch.zeros(BATCH, LENGTH, sizes.hidden)
+    for name in ("input_size", "vae_hidden_size", "codebook_dim", "latent_size"):
+        size = sizes.first(name, None)
+        if isinstance(size, int):
+            yield torch.zeros(BATCH, LENGTH, size)
+
+
+def _any(sizes: _Sizes) -> Iterator[Tensor]:
+    yield sizes.ids()
+    yield from _embeddings(sizes)
+
+
+MODALITIES: dict[str, Callable[[_Sizes], Iterator[Tensor]]] = {
+    "input_ids": lambda sizes: iter((sizes.ids(),)),
+    "pixel_values": _images,
+    "pixel_values_videos": _videos,
+    "input_values": _waves,
+    "input_features": _spectra,
+    "audio_values": lambda sizes: iter((torch.zeros(BATCH, 1, 128, 128),)),
+    "spectrogram": lambda sizes: iter((torch.zeros(BATCH, 50, sizes.first("model_in_dim", sizes.mels[0])),)),
+    "past_values": _series,
+    "inputs": _any,
+    "inputs_embeds": _embeddings,
+    "hidden_states": _embeddings,
+    "query_embeds": _embeddings,
+}
+"""What inputs of these names are in Hugging Face's models, in the order of preference where a model does not say which is the main one."""
+
+
+def _packed_patches(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """Patches of images of any size in one row, and the grids they come from."""
+    grid = next((name for name in ("grid_thw", "image_grid_thw", "grid_hw", "image_grid_hws") if name in names), None)
+    values = next((name for name in ("pixel_values", "hidden_states") if name in names), None)
+    if grid is None or values is None:
+        return
+    patch, frames = sizes.first("patch_size", 14), sizes.first("temporal_patch_size", 2)
+    for area in dict.fromkeys((sizes.channels * patch**2 * frames, sizes.channels * patch**2)):
+        for of in ((1, 8, 8), (8, 8)):
+            yield {values: torch.zeros(64, area), grid: torch.tensor([of])}
+    yield {values: torch.zeros(64, sizes.channels, patch, patch), grid: torch.tensor([[8, 8]])}
+
+
+def _padded_patches(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """Patches of images, padded to one length."""
+    if {"pixel_values", "spatial_shapes"} <= set(names):
+        patches = torch.zeros(1, 64, sizes.channels * sizes.first("patch_size", 16) ** 2)
+        for mask in (name for name in ("pixel_attention_mask", "attention_mask") if name in names):
+            yield {"pixel_values": patches, "spatial_shapes": torch.tensor([[8, 8]]), mask: torch.ones(1, 64, dtype=torch.long)}
+
+
+def _regions(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """Features of regions of an image, with their boxes."""
+    if {"visual_feats", "visual_pos"} <= set(names):
+        feats, boxes = sizes.first("visual_feat_dim", 2048), sizes.first("visual_pos_dim", 4)
+        yield {"visual_feats": torch.zeros(BATCH, 10, feats), "visual_pos": torch.zeros(BATCH, 10, boxes)}
+
+
+def _entities(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """Spans of the text that name an entity."""
+    del sizes
+    if "entity_ids" in names:
+        ids, places = torch.ones(BATCH, 4, dtype=torch.long), torch.zeros(BATCH, 4, 5, dtype=torch.long)
+        yield {"entity_ids": ids, "entity_position_ids": places, "entity_attention_mask": ids, "entity_token_type_ids": 0 * ids}
+
+
+def _trajectory(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """States, actions and rewards."""
+    if {"states", "actions", "returns_to_go"} <= set(names):
+        widths = {"states": sizes.first("state_dim", 17), "actions": sizes.first("act_dim", 4), "rewards": 1, "returns_to_go": 1}
+        steps = {"timesteps": torch.zeros(BATCH, 5, dtype=torch.long), "attention_mask": torch.ones(BATCH, 5)}
+        yield {name: torch.zeros(BATCH, 5, width) for name, width in widths.items()} | steps
+
+
+def _forecast(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """A past with its covariates, and the future that training knows."""
+    if "freq" in names:
+        yield {"past_values": torch.zeros(BATCH, 512), "freq": torch.zeros(BATCH, 1, dtype=torch.long)}
+    if not {"past_values", "past_time_features"} <= set(names):
+        return
+    length = sizes.first("context_length prediction_length", 32) + max(sizes.first("lags_sequence", None) or [0])
+    ahead, channels = sizes.first("prediction_length", 8), sizes.first("input_size", 1)
+    for features in (sizes.first("num_time_features", 0), sizes.first("num_time_features", 0) + 1):
+        past, future = ((BATCH, n) if channels == 1 else (BATCH, n, channels) for n in (length, ahead))
+        yield {
+            "past_values": torch.zeros(past),
+            "past_time_features": torch.zeros(BATCH, length, features),
+            "past_observed_mask": torch.ones(past),
+            "future_values": torch.zeros(future),
+            "future_time_features": torch.zeros(BATCH, ahead, features),
+        }
+
+
+GROUPS = (_packed_patches, _padded_patches, _regions, _entities, _trajectory, _forecast)
+"""Inputs that go together."""
+
+
+def with_placeholders(model: nn.Module, call: dict[str, Any], said: str) -> dict[str, Any] | None:
+    """The call with as many placeholder tokens as the error asks for, or their types; None if it asks for none.
+
+    Where an image or a sound goes, the text has one token for each of its features: "Image features and image tokens do not match, tokens:
+    0, features: 128".
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or "input_ids" not in call:
+        return None
+    sizes = _Sizes(config)
+    if "`mm_token_type_ids` is missing" in said:
+        places = call["input_ids"] == sizes.first("image_token_id image_token_index", -1)
+        return call | {"mm_token_type_ids": places.to(torch.int64)}
+    found = re.search(r"(\w+) features and .* do not match\D*tokens: *(\d+)\D*features:? *(\d+)", said)
+    if found is None:
+        return None
+    token = sizes.first("{0}_token_id {0}_token_index".format(found[1].lower()), None)
+    now, wanted = int(found[2]), int(found[3])
+    if now == wanted:  # some count every entry of a feature
+        wanted //= _Sizes(config.get_text_config()).hidden
+    if token is None or wanted in {0, now} or wanted % BATCH:
+        return None
+    places = torch.full((BATCH, wanted // BATCH), token)
+    return call | {"input_ids": torch.cat([places, call["input_ids"][:, -LENGTH:]], 1)}

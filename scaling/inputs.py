@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from scaling.capture import Recording, record, unwrap
 from scaling.errors import CannotMakeInputs, CaptureFailed
+from scaling.huggingface import calls, with_placeholders
 
 __all__ = ["Inputs", "made_up"]
 
@@ -36,12 +37,17 @@ def made_up(model: nn.Module) -> tuple[Inputs, Recording]:
 
 def _made_up(model: nn.Module) -> tuple[Inputs, Recording]:
     tried, last = [], ""
-    for inputs in (*_huggingface(model), *_dummy(model)):
-        try:
-            return inputs, record(model, *inputs)
-        except CaptureFailed as failure:
-            tried.append(_described(inputs))
-            last = failure.cause
+    for inputs in (*(((), call) for call in calls(model)), *_dummy(model)):
+        for _ in range(4):  # again with the placeholders that an image or a sound needs
+            try:
+                return inputs, record(model, *inputs)
+            except CaptureFailed as failure:
+                tried.append(_described(inputs))
+                last = failure.cause
+                more = with_placeholders(model, inputs[1], last)
+                if more is None:
+                    break
+                inputs = (), more
     features = dict.fromkeys(weight.shape[1] for weight in model.parameters() if weight.dim() == 2)
     guesses = tuple(shape for n in list(features)[:3] for shape in ((BATCH, LENGTH, n), (BATCH, n)))
     wanted = [_Wanted(name, shapes=((BATCH, LENGTH), *guesses, (LENGTH,))) for name in _required(model)]
@@ -77,40 +83,6 @@ def _required(model: nn.Module) -> list[str]:
 
 def _ids(*shape: int) -> Tensor:
     return (torch.arange(torch.Size(shape).numel()) % 3 + 1).reshape(shape)
-
-
-def _huggingface(model: nn.Module) -> Iterator[Inputs]:
-    """What `main_input_name`, the forward's parameters and the config say, the fullest call first."""
-    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
-    if main is None or config is None:
-        return
-    names = inspect.signature(model.forward).parameters
-    more: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
-    asked = [name for name in ("input_ids", "pixel_values") if name in names and name != main]
-    decoder = {"decoder_input_ids": _ids(BATCH, LENGTH - 1)} if "decoder_input_ids" in names else {}
-    for value in _modality(main, config):
-        for extra in [{name: next(_modality(name, config)) for name in asked}, {}] if asked else [{}]:
-            for tokens in [decoder, {}] if decoder else [{}]:
-                yield (), {main: value, **extra, **tokens, **more}
-
-
-def _modality(name: str, config: Any) -> Iterator[Tensor]:
-    """Tensors that an input of this name usually is, by the config's own sizes."""
-    vision = getattr(config, "vision_config", config)
-    mels = getattr(config, "num_mel_bins", None) or getattr(getattr(config, "audio_config", config), "num_mel_bins", 80)
-    if name == "input_ids":
-        yield _ids(BATCH, LENGTH)
-    elif name == "pixel_values":
-        channels, size = getattr(vision, "num_channels", 3), getattr(vision, "image_size", 224)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        yield torch.zeros(BATCH, channels, height, width)
-        frames = getattr(vision, "num_frames", None)
-        if frames is not None:
-            yield torch.zeros(BATCH, frames, channels, height, width)
-    elif name == "input_values":
-        yield from (torch.zeros(BATCH, 16000), torch.zeros(BATCH, 1, 16000), torch.zeros(BATCH, getattr(config, "max_length", 1024), mels))
-    elif name == "input_features":
-        yield from (torch.zeros(BATCH, mels, 3000), torch.zeros(BATCH, 100, mels))
 
 
 def _dummy(model: nn.Module) -> Iterator[Inputs]:

@@ -423,8 +423,20 @@ def _axis(call: Call, name: str, rank: int) -> int:
 
 
 def view(call: Call, axes: Axes) -> None:
-    """view, reshape, flatten, unflatten: a row-major regrouping."""
-    axes.dims[call.node] = axes.regroup(_input(call, axes), call.shape) or tuple(axes.fresh(size) for size in call.shape)
+    """view, reshape, flatten, unflatten: a row-major regrouping; where that does not divide, the axes before and after stay."""
+    dims, shape = _input(call, axes), call.shape
+    regrouped = axes.regroup(dims, shape)
+    if regrouped is None:
+        before = _alike(axes, dims, shape)
+        after = min(_alike(axes, dims[::-1], shape[::-1]), min(len(dims), len(shape)) - before)
+        middle = tuple(axes.fresh(size) for size in shape[before : len(shape) - after])
+        regrouped = dims[:before] + middle + dims[len(dims) - after :]
+    axes.dims[call.node] = regrouped
+
+
+def _alike(axes: Axes, dims: Sequence[Dim], shape: Sequence[Size]) -> int:
+    """How many leading axes have the lengths of `shape`."""
+    return next((i for i, (dim, size) in enumerate(zip(dims, shape, strict=False)) if axes.size(dim) != size), min(len(dims), len(shape)))
 
 
 def permute(call: Call, axes: Axes) -> None:
@@ -464,6 +476,12 @@ def same(call: Call, axes: Axes) -> None:
         if len(dims) == len(call.shape)
         else tuple(axes.fresh(size) for size in call.shape)
     )
+
+
+def parts_of_complex(call: Call, axes: Axes) -> None:
+    """The real and the imaginary part as an axis, and back."""
+    dims = _input(call, axes)
+    axes.dims[call.node] = dims[:-1] if call.name == "aten.view_as_complex" else (*dims, axes.fresh(call.shape[-1], "indexed"))
 
 
 def unsqueeze(call: Call, axes: Axes) -> None:
@@ -873,7 +891,10 @@ _ROWS: list[dict[str, Operator]] = [
     _signed("_ c _ _, _ _ -> r c h w", "torchvision.roi_align torchvision.roi_pool"),
     # elementwise, beside everything that torch tags as pointwise
     _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
-    _signed(elementwise, "softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish hardswish"),
+    _signed(
+        elementwise,
+        "complex polar real imag softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish hardswish",
+    ),
     # values that only move
     _moves(view, "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as ravel"),
     _moves(permute, "permute"),
@@ -893,6 +914,7 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
     _moves(pixel_shuffle, "pixel_shuffle"),
     _moves(pixel_unshuffle, "pixel_unshuffle"),
+    _moves(parts_of_complex, "view_as_real view_as_complex", linear=True),
     _moves(columns, "im2col col2im"),
     _moves(windows, "unfold"),
     _moves(index, "index"),

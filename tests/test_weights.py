@@ -421,3 +421,94 @@ def test_a_codebook_is_an_embedding_whatever_finds_its_nearest_row():
     table = derive(Codes, (torch.ones(4, 16),), widths=(64, 96))
     assert table["codes.weight"].role == "embedding"
     assert table["codes.weight"].fan_in == 1
+
+
+class RelativePositions(nn.Module):
+    """Keys made of the sines of distances, which nothing that the model is given enters (Transformer-XL, parakeet)."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.embed, self.query, self.positions, self.head = (
+            nn.Embedding(11, d),
+            nn.Linear(d, d),
+            nn.Linear(d, d, bias=False),
+            nn.Linear(d, 5),
+        )
+        self.register_buffer("frequencies", torch.ones(d // 2))
+
+    def forward(self, ids):
+        angles = torch.arange(6.0)[:, None] * self.frequencies
+        keys = self.positions(torch.cat([angles.sin(), angles.cos()], -1)).unflatten(-1, (self.heads, -1))
+        queries = self.query(self.embed(ids)).unflatten(-1, (self.heads, -1))
+        return self.head((torch.einsum("bihe,jhe->bhij", queries, keys).softmax(-1) @ queries.transpose(1, 2)).transpose(1, 2).flatten(2))
+
+
+def test_a_matrix_that_reads_the_sines_of_positions_is_hidden():
+    table = derive(lambda d: RelativePositions(d, d // 8), torch.zeros(2, 6, dtype=torch.long), widths=(16, 24, 32))
+    assert table["positions.weight"].role == "hidden"
+
+
+class Regrouped(nn.Module):
+    """Heads that grow, dealt to a fixed number of groups that they are no multiple of."""
+
+    def __init__(self, d, groups=8):
+        super().__init__()
+        self.groups = groups
+        self.first, self.gain = nn.Linear(7, d), nn.Parameter(torch.ones(d // 16))
+        self.of_groups = nn.Parameter(torch.randn(groups, d // groups, 3))
+        self.last = nn.Linear(3 * groups, 5)
+
+    def forward(self, x):
+        x = self.first(x).unflatten(-1, (-1, 16)) * self.gain[:, None]
+        return self.last(torch.einsum("bgi,gio->bgo", x.reshape(len(x), self.groups, -1), self.of_groups).flatten(1))
+
+
+def test_heads_and_groups_without_a_common_factor_are_not_the_same_dimension():
+    table = derive(Regrouped, torch.zeros(3, 7), widths=(64, 128, 192))
+    d = table.width
+    assert table["gain"].dims == (d / 16,)
+    assert table["of_groups"].dims == (8, d / 8, 3)
+
+
+class OneKey(nn.Module):
+    """A state space whose heads share one B, repeated for all of them (Mamba-2 with one group)."""
+
+    def __init__(self, d, inner, size=8):
+        super().__init__()
+        self.size = size
+        self.first, self.inner, self.shared = nn.Linear(7, d), nn.Linear(d, inner), nn.Linear(d, size)
+        self.decay, self.back, self.last = nn.Parameter(torch.zeros(inner // size)), nn.Linear(inner, d), nn.Linear(d, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.inner(x).unflatten(-1, (-1, self.size))
+        shared = self.shared(x).unsqueeze(-2).expand(y.shape)
+        return self.last(self.back((y * shared * self.decay[:, None]).flatten(-2)))
+
+
+def test_the_heads_that_share_one_key_grow_not_their_size():
+    table = derive(OneKey(64, 128), torch.zeros(3, 7))
+    assert [table[name].dims[0].has(table.width) for name in ("decay", "shared.weight")] == [True, False]
+
+
+class HeadsAsAnAxis(nn.Module):
+    """Projections [d, heads, head_dim], as Transformer-XL writes them, beside linear ones."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.embed, self.query = nn.Embedding(11, d), nn.Linear(d, d)
+        self.kernel, self.bias = nn.Parameter(torch.randn(d, heads, d // heads)), nn.Parameter(torch.zeros(heads, d // heads))
+        self.head = nn.Linear(d, 5)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        query = self.query(x).unflatten(-1, (self.heads, -1)) + self.bias
+        scores = torch.einsum("bihe,bjhe->bhij", query, torch.einsum("bjd,dhe->bjhe", x, self.kernel))
+        return self.head((scores.softmax(-1) @ torch.einsum("bihe,dhe->bhid", query, self.kernel)).mean(1))
+
+
+def test_heads_that_are_an_axis_of_their_own_grow_and_their_size_does_not():
+    table = derive(HeadsAsAnAxis(64, 4), torch.zeros(2, 6, dtype=torch.long))
+    assert [dim.has(table.width) for dim in table["kernel"].dims] == [True, True, False]

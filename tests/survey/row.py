@@ -1,0 +1,283 @@
+"""One model of the survey: what `derive` makes of it, compared with what is right."""
+
+import re
+import time
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+
+from scaling import ScalingTable, derive
+from scaling.errors import ScalingError
+from scaling.growth import growth_of
+from scaling.limits import WIDTH, exponent
+from scaling.records import Block, WeightRule
+from tests.survey import oracle
+from tests.survey.cases import Case
+
+UNIT = 64
+"""The widths that a factory is asked for: 64·k."""
+MOST = 12
+"""Overrides after which the search for them ends."""
+
+
+class Alone(nn.Module):
+    """A model without its config: all that is left to guess from is its graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def row(case: Case) -> dict[str, Any]:
+    """The comparison, as JSON."""
+    out: dict[str, Any] = {"family": case.family, "name": case.name}
+    model = case.build(1)
+    args, kwargs = case.inputs(model)
+    marks = _marked(model)
+    start = time.process_time()
+    try:
+        alone = derive(Alone(model), args, kwargs)
+    except ScalingError as error:
+        return out | {"derived": False, "error": _said(error)}
+    out |= {"derived": True, "seconds": round(time.process_time() - start, 2)}
+    covered = alone.coverage
+    out |= {
+        "weights": covered.trainable,
+        "made_up": covered.made_up,
+        "unreached": [name.removeprefix("model.") for name in covered.unreached],
+        "without_rule": list(covered.operators_without_rule),
+        "conflicts": len(alone.trace.growth.axes.conflicts),
+    }
+    out["no_inputs"], without = _without_inputs(model)
+    out["untouched"] = marks == _marks(model)
+    if len(case.multiples) > 1:
+        out |= _widths(case, model, alone, without)
+    return {key: value for key, value in out.items() if value not in ([], {}, None)}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:600]
+
+
+# nothing about the model changes
+
+
+def _marked(model: nn.Module) -> dict[str, Any]:
+    """Training flags as no survey would choose them, a gradient, and a state to compare."""
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    first = next(model.parameters())
+    if not first.is_meta:
+        first.grad = torch.ones_like(first)
+    torch.manual_seed(7)
+    return _marks(model)
+
+
+def _marks(model: nn.Module) -> dict[str, Any]:
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    return {
+        "ids": [id(tensor) for tensor in tensors.values()],
+        "versions": [tensor._version for tensor in tensors.values()],
+        "sums": [_bits(tensor) for tensor in tensors.values()],
+        "grads": [None if tensor.grad is None else _bits(tensor.grad) for tensor in tensors.values()],
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [tensor.requires_grad for tensor in tensors.values()],
+        "rng": _bits(torch.get_rng_state()),
+        "config": _fields(getattr(model, "config", None)),
+        "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()),
+    }
+
+
+def _fields(config: Any) -> Any:
+    """A config's fields, private ones and those of sub-configs too, as text."""
+    return (
+        {name: _fields(value) if hasattr(value, "to_dict") else repr(value) for name, value in vars(config).items()}
+        if hasattr(config, "to_dict")
+        else None
+    )
+
+
+def _bits(tensor: torch.Tensor) -> int | None:
+    """A number that any changed bit changes."""
+    return None if tensor.is_meta else hash(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+# what grows
+
+
+def _without_inputs(model: nn.Module) -> tuple[str, ScalingTable | None]:
+    """Whether a call that runs is found, and the table (of a Hugging Face model from its own config at another width)."""
+    try:
+        table = derive(model)
+    except ScalingError as error:
+        return _said(error), None
+    return "found", table
+
+
+def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingTable | None) -> dict[str, Any]:
+    models = {k: model if k == 1 else case.build(k) for k in case.multiples}
+    truth = {
+        name: [oracle.growth(sizes) for sizes in zip(*shapes, strict=True)] for name, shapes in oracle.shapes(list(models.values())).items()
+    }
+    out: dict[str, Any] = {}
+    try:
+        factory = derive(
+            lambda d: models[d // UNIT],
+            lambda d: case.inputs(models[d // UNIT])[0],
+            lambda d: case.inputs(models[d // UNIT])[1],
+            widths=[UNIT * k for k in case.multiples],
+        )
+        out["axes"] = sum(len([n for n in rule.shape if n > 1]) for rule in factory)
+        out["factory"] = _wrong(factory, truth) + _inexact(factory, models)
+        out |= _rules(factory, list(models.values()))
+    except ScalingError as error:
+        out["factory"] = [_said(error)]
+    also = models[case.multiples[1]]
+    try:
+        args, kwargs = case.inputs(model)
+        out["also"] = _wrong(derive(model, args, kwargs, also=also), truth)
+    except ScalingError as error:
+        out["also"] = [_said(error)]
+    if hasattr(model, "config") and without is not None:
+        out["config"] = [*without.notes, *_wrong(without, truth)]
+        out["unreached_without_inputs"] = len(without.coverage.unreached)
+    truth = {f"model.{name}": axes for name, axes in truth.items()}
+    out["alone"] = [name.removeprefix("model.") for name in _wrong(alone, truth)]
+    stated = {f"{name}:{axis}" for cls in alone.classes if cls.known for name, axis in cls.where}
+    out["stated"] = [name for name in _wrong(alone, truth) if name in stated]
+    out["overrides"] = _overrides(alone, truth)
+    out["unsound"] = _unsound(alone, {f"model.{n}": s for n, s in oracle.shapes(list(models.values())).items()})
+    return out
+
+
+def _wrong(table: ScalingTable, truth: dict[str, list]) -> list[str]:
+    """The weight axes taken to grow that do not, or the reverse."""
+    return [
+        f"{rule.name}:{axis}"
+        for rule in table
+        if rule.name in truth
+        for axis, (dim, grows) in enumerate(zip(rule.dims, truth[rule.name], strict=True))
+        if dim.has(WIDTH) != (grows != 0)
+    ]
+
+
+def _inexact(table: ScalingTable, models: dict[int, nn.Module]) -> list[str]:
+    """The weights whose lengths in d are not their shapes at every width."""
+    out = []
+    for k, model in models.items():
+        weights = dict(model.named_parameters())
+        out += [
+            f"{rule.name} at {k}: {dims} for {tuple(weights[rule.name].shape)}"
+            for rule in table
+            if (dims := tuple(sympy.Integer(1) * dim.subs(WIDTH, UNIT * k) for dim in rule.dims)) != tuple(weights[rule.name].shape)
+        ]
+    return out
+
+
+def _unsound(table: ScalingTable, shapes: dict[str, oracle.Shapes]) -> list[str]:
+    """Classes that hold axes, each of this one class alone, that scale differently."""
+    axes = table.trace.growth.axes
+    single = set()
+    for call in table.trace.graph.weights:
+        for axis, dim in enumerate(axes.dims[call.node]):
+            resolved = axes.resolve(dim)
+            if len(resolved) == 1 and not resolved[0].segments:
+                single.add((call.names[0], axis))
+    out = []
+    for cls in table.classes:
+        laws = {
+            tuple(shape[axis] for shape in shapes[name]): f"{name}:{axis}"
+            for name, axis in cls.where
+            if name in shapes and (name, axis) in single
+        }
+        if len(laws) > 1:
+            out.append(", ".join(f"{where} {law}" for law, where in laws.items()))
+    return out
+
+
+def _overrides(table: ScalingTable, truth: dict[str, list]) -> list[str] | None:
+    """The overrides that make every axis right, greedily: each time the one that the most wrong axes share."""
+    graph, axes = table.trace.graph, table.trace.growth.axes
+    dims = {call.names[0]: axes.dims[call.node] for call in graph.weights if call.names[0] in truth}
+    chosen: dict[str, dict[str, list[int]]] = {"fixed": {}, "grows": {}}
+    for _ in range(MOST + 1):
+        growth = growth_of(graph, axes, widths=None, heads="grow", fixed=chosen["fixed"], grows=chosen["grows"])
+        wrong = [(name, axis) for name, of in dims.items() for axis, dim in enumerate(of) if growth.grows(dim) != (truth[name][axis] != 0)]
+        said = [f"{option} {pattern}:{axis}" for option, of in chosen.items() for pattern, which in of.items() for axis in which]
+        if not wrong:
+            return said
+        pattern_of = {place: (re.sub(r"(?<![^.])\d+(?![^.])", "*", place[0].removeprefix("model.")), place[1]) for place in wrong}
+        (pattern, axis), _count = Counter(pattern_of.values()).most_common(1)[0]
+        place = next(place for place, found in pattern_of.items() if found == (pattern, axis))
+        option = "grows" if truth[place[0]][axis] != 0 else "fixed"
+        if axis in chosen[option].get(f"*{pattern}", []):
+            return [*said, f"no override helps {place[0]}:{axis}"] + ["?"] * MOST
+        chosen[option].setdefault(f"*{pattern}", []).append(axis)
+    return [*said, "…"]
+
+
+# exponents
+
+
+def _rules(table: ScalingTable, models: list[nn.Module]) -> dict[str, Any]:
+    """Exponents against the oracle's: how many were compared, which differ for a reason that the graph gives, and which for none."""
+    tied = {name: rule.name for rule in table for name in rule.names[1:]}
+    right = oracle.expected(models, tied)
+    reasons, failures = {}, {}
+    for rule in table:
+        want = right.get(rule.name)
+        if want is None:
+            continue
+        got = [_exponents(block) for block in rule.blocks]
+        if all(_agree(g, want, shift=0) for g in got):
+            continue
+        reason = _reason(rule, want)
+        if reason:
+            reasons[rule.name] = reason
+        else:
+            failures[rule.name] = f"{_shown(want)} by its shapes, but {'; '.join(map(_shown, dict.fromkeys(got)))}: {_place(rule)}"
+    return {"rules": sum(rule.name in right for rule in table), "exceptions": reasons, "wrong_rules": failures}
+
+
+def _exponents(block: Block) -> oracle.Exponents:
+    return oracle.Exponents(*(Fraction(str(block.exponent(name))) for name in ("init_std", "sgd", "adam", "muon")))
+
+
+def _agree(got: oracle.Exponents, want: oracle.Exponents, *, shift: Fraction | int) -> bool:
+    """Equal, where the output (over the input) is meant to be d^shift in size: σ, Adam and msign take that once, SGD twice."""
+    shifted = (
+        got.init_std - shift,
+        got.sgd - 2 * shift,
+        got.adam - shift,
+        got.muon - shift if want.muon is not None and got.muon is not None else None,
+    )
+    return shifted == (want.init_std, want.sgd, want.adam, want.muon)
+
+
+def _place(rule: WeightRule) -> str:
+    return f"{rule.uses[0].operator} at {rule.uses[0].source}"
+
+
+def _shown(exponents: oracle.Exponents) -> str:
+    return f"σ {exponents.init_std}, sgd {exponents.sgd}, adam {exponents.adam}, muon {exponents.muon}"
+
+
+def _reason(rule: WeightRule, want: oracle.Exponents) -> str:
+    """Why the graph is right where shape and type alone are not; "" if it is not known to be."""
+    shifts = [Fraction(str(exponent(block.target) - exponent(block.input_scale))) for block in rule.blocks]
+    agree = [_agree(_exponents(block), want, shift=shift) for block, shift in zip(rule.blocks, shifts, strict=True)]
+    if all(agree):
+        return f"the forward multiplies or sums by a power of d: {rule.notes[0] if rule.notes else rule.uses[0].source}"
+    finite = [
+        any(not dim.has(WIDTH) and whole.has(WIDTH) for dim, whole in zip(block.dims, rule.dims, strict=True)) for block in rule.blocks
+    ]
+    if all(a or f for a, f in zip(agree, finite, strict=True)) and any(agree):
+        return f"{sum(finite)} of its {len(finite)} blocks do not grow: {_place(rule)}"
+    return ""

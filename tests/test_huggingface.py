@@ -1,0 +1,70 @@
+"""Hugging Face models need no inputs, and their own config says what grows."""
+
+import copy
+
+import pytest
+import torch
+
+from scaling import derive
+from scaling.huggingface import at_twice_the_width
+
+transformers = pytest.importorskip("transformers")
+
+
+def bros():
+    return transformers.BrosModel(
+        transformers.BrosConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=1, vocab_size=31)
+    )
+
+
+def test_what_the_config_computes_from_a_width_grows_with_it():
+    twin = at_twice_the_width(bros())
+    assert twin.config.dim_bbox_sinusoid_emb_2d == 32
+    assert twin.bbox_embeddings.bbox_projection.weight.shape == (16, 32)
+
+
+def test_the_config_of_the_users_model_is_as_it_was():
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPModel(CLIPConfig(text_config=small | {"vocab_size": 31, "eos_token_id": 2}, vision_config=small | {"image_size": 32}))
+    before = copy.deepcopy([vars(config) for config in (model.config, model.config.text_config, model.config.vision_config)])
+    at_twice_the_width(model)
+    after = [vars(config) for config in (model.config, model.config.text_config, model.config.vision_config)]
+    assert [{k: v for k, v in x.items() if "config" not in k} for x in before] == [
+        {k: v for k, v in x.items() if "config" not in k} for x in after
+    ]
+
+
+def llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=31, **small)
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, **small)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_id=30, image_token_index=30))
+
+
+def test_the_text_of_an_image_and_text_model_gets_a_placeholder_for_every_feature():
+    table = derive(llava())
+    assert "model.multi_modal_projector.linear_1.weight" in table
+    assert not [name for name in table.coverage.unreached if "language_model" in name or "projector" in name or "layers.0" in name]
+
+
+def test_a_decoder_with_cross_attention_gets_something_to_attend_to():
+    from transformers import BartConfig, BartForCausalLM
+
+    config = BartConfig(
+        vocab_size=31, d_model=32, decoder_ffn_dim=48, decoder_layers=1, decoder_attention_heads=2, max_position_embeddings=16
+    )
+    table = derive(BartForCausalLM(config))
+    assert not table.coverage.unreached
+    assert table["model.decoder.layers.0.encoder_attn.k_proj.weight"].role == "hidden"
+
+
+def test_packed_patches_come_with_their_grid():
+    with torch.device("meta"):
+        model = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel._from_config(
+            transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(depth=1, embed_dim=32, num_heads=2, hidden_size=32)
+        )
+    assert not derive(model).coverage.unreached
