@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import linecache
-import logging
 import operator
 import os
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from scaling.errors import CaptureFailed
+from scaling.kept import Kept, kept
 from scaling.records import Source
 
 __all__ = ["Recording", "record", "unwrap"]
@@ -98,7 +97,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Rec
         CaptureFailed: if the model's forward raises; with the line of the user's file.
     """
     model = unwrap(model)
-    with _as_it_was(model), _Swapped(model) as swapped:
+    with kept(model, args, kwargs) as before, _Swapped(model, before) as swapped:
         state = _first_that_runs(model, swapped, args, kwargs)
         if state.made_up and _unused(model, state):
             _once_more(model, swapped, state, args, kwargs, truth=False)
@@ -211,8 +210,8 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
 class _Swapped:
     """Context: every float parameter and buffer of the model is a fake CPU tensor, every other buffer a copy; undone on exit."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, kept: Kept) -> None:
+        self.model, self.kept = model, kept
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.replacements: dict[int, Tensor] = {}
         self.attributes: dict[int, tuple[tuple[str, ...], bool, bool]] = {}
@@ -353,6 +352,8 @@ class _Recorder(TorchDispatchMode):
         return tensor
 
     def _real(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        for tensor in _all_written(func, args, kwargs):
+            self.swapped.kept.before_write(tensor)
         size = args[0] if args and isinstance(args[0], (list, tuple)) else kwargs.get("size")
         if size and all(isinstance(n, int) for n in size) and torch.Size(size).numel() > REAL_LIMIT and not func._schema.is_mutable:
             with self.fake:
@@ -455,6 +456,15 @@ def _written(func: Any, args: tuple) -> Tensor | None:
     return None
 
 
+def _all_written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    if not hasattr(func, "_schema") or not func._schema.is_mutable:
+        return
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
 # where in the user's file
 
 
@@ -498,29 +508,3 @@ def _module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         stack.clear()
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Runs in eval mode with torch's fused attention path off, and puts back training flags, RNG and settings."""
-    training = [(module, module.training) for module in model.modules()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    noisy = logging.getLogger("torch._subclasses.fake_tensor")  # it logs what a failing operator then raises
-    with ExitStack() as stack:
-        stack.callback(noisy.setLevel, noisy.level)
-        noisy.setLevel(logging.CRITICAL)
-        stack.callback(random.setstate, random.getstate())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        random.seed(0)  # layers that are dropped at random are the same ones at every width
-        torch.manual_seed(0)
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-            torch.backends.mha.set_fastpath_enabled(fastpath)

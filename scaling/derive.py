@@ -19,6 +19,7 @@ from scaling.growth import Override, growth_of
 from scaling.huggingface import at_twice_the_width
 from scaling.initialised import init_only_note
 from scaling.inputs import made_up
+from scaling.kept import random_states_kept
 from scaling.records import Coverage, ScalingTable, Trace
 from scaling.rules import rules_of
 from scaling.scales import scales_of
@@ -119,7 +120,7 @@ def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int]
     if widths is None or len(set(widths)) < 2 or also is not None:
         message = "a function that builds the model needs at least two widths: derive(build, args, widths=(64, 96, 128))"
         raise ScalingError(message)
-    with torch.random.fork_rng(devices=[]):
+    with random_states_kept():
         return [unwrap(model(width)) for width in widths]
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sympy import Rational, oo, sqrt
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from scaling import derive, flow
 from scaling.limits import WIDTH
@@ -75,6 +75,13 @@ def test_the_direction_of_a_weight_normed_matrix_is_hidden_and_its_norm_a_vector
 def test_a_spectrally_normed_matrix_is_hidden():
     table = derive(between(lambda width: spectral_norm(nn.Linear(width, width))), widths=(32, 64))
     assert table["1.parametrizations.weight.original"].role == "hidden"
+
+
+@pytest.mark.parametrize("form", ["matrix_exp", "cayley", "householder"])
+def test_an_orthogonal_matrix_is_hidden(form):
+    table = derive(between(lambda width: orthogonal(nn.Linear(width, width), orthogonal_map=form)), widths=(32, 64))
+    rule = table["1.parametrizations.weight.original"]
+    assert (rule.fan_in, rule.fan_out, rule.role) == (d, d, "hidden")
 
 
 class Merged(nn.Module):
