@@ -566,6 +566,15 @@ def select(call: Call, axes: Axes) -> None:
     axes.dims[call.node] = tuple(dims)
 
 
+def diagonal(call: Call, axes: Axes) -> None:
+    """Entries with the same index on two axes: the first of them, last."""
+    dims = list(_input(call, axes))
+    first, second = (call.get(name) % len(dims) for name in ("dim1", "dim2"))
+    size = call.shape[-1]
+    whole = dims[first] if call.get("offset") == 0 and axes.size(dims[first]) == size else axes.fresh(size)
+    axes.dims[call.node] = (*(dim for i, dim in enumerate(dims) if i not in {first, second}), whole)
+
+
 def take_slice(call: Call, axes: Axes) -> None:
     """x[start:end:step] of one axis: a segment of it."""
     dims = list(_input(call, axes))
@@ -910,6 +919,7 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(cat, "cat concat concatenate"),
     _moves(stack, "stack"),
     _moves(select, "select"),
+    _moves(diagonal, "diagonal"),
     _moves(take_slice, "slice narrow"),
     _moves(split, "split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unbind"),
     _moves(getitem, "getitem"),

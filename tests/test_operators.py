@@ -53,6 +53,7 @@ EXAMPLES = {
     "linalg_householder_product": (torch.linalg.householder_product, (R(4, 3), R(3))),
     "matrix_exp": (torch.matrix_exp, (R(3, 3),)),
     "linalg_qr": (lambda a: torch.linalg.qr(a)[0], (R(4, 3),)),
+    "diagonal": (lambda x: x.diagonal(dim1=2, dim2=0), (R(3, 2, 4),)),
     "outer": (torch.outer, (R(3), R(4))),
     "ger": (torch.ger, (R(3), R(4))),
     "bilinear": (F.bilinear, (R(2, 3), R(2, 4), R(5, 3, 4), R(5))),

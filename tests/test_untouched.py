@@ -92,7 +92,8 @@ class Last(nn.Module):
 
 
 MODELS = {
-    "MLP": (MLP, (torch.zeros(3, 16),)), "CNN": (CNN, None), "GPT": (GPT, None), "GPT-2": (gpt2, None), "tied GPT": (lambda d: GPT(d, tie=True), None),
+    "MLP": (MLP, (torch.zeros(3, 16),)), "CNN": (CNN, None), "GPT": (GPT, None), "GPT-2": (gpt2, None),
+    "tied GPT": (lambda d: GPT(d, tie=True), None),
     "stateful": (Stateful, (torch.randn(3, 7),)), "noisy": (Noisy, (torch.zeros(3, 16),)),
     "parametrized": (normed, (torch.randn(4, 3, 7),)), "fails": (Fails, (torch.zeros(3, 16),)),
     "unsupported": (Unsupported, (torch.zeros(3, 16),)),
