@@ -102,7 +102,7 @@ def operator_name(node: fx.Node) -> str:
 
 COMBINE = {
     *(f"aten.{name}" for name in ("add", "sub", "mul", "div", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "einsum")),
-    *(f"aten.{name}" for name in ("_weight_norm", "linalg_solve", "linalg_solve_triangular")),
+    *(f"aten.{name}" for name in ("_weight_norm", "linalg_solve", "linalg_solve_triangular", "linalg_householder_product")),
 }
 """Operators that make one weight out of several: weight and spectral norm, merged adapters."""
 
