@@ -17,7 +17,7 @@ from compiler.blocks import block_view, covers, matrices, plain
 from compiler.distributed import Plan, Weight
 from compiler.errors import BadGradient, NotReady
 from compiler.exchange import Traffic
-from compiler.gradients import Ready, over_any, read, watched
+from compiler.gradients import Ready, on_device, over_any, read, watched
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
 from compiler.options import NEW_OPTIONS, check_group
 from compiler.pieces import Lane, Piece, advance, directions, lanes, subtract_, write_
@@ -248,7 +248,7 @@ class SpectralOptimizer(Optimizer):
 
     def _entries(self) -> list[Ready]:
         """All weights."""
-        entries, compiling = [], torch.compiler.is_compiling()
+        entries = []
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
             limits: dict[torch.dtype, float] = {}
@@ -256,8 +256,7 @@ class SpectralOptimizer(Optimizer):
                 dtype = _dtype(W, group)
                 if dtype not in limits:
                     limits[dtype] = min(largest_gradient({**group, **block}, dtype) for block in group["blocks"] or ({},))
-                unread = group["capturable"] or compiling or W.device.type != "cpu"
-                entries.append(Ready(len(entries), number, name, W, group, limits[dtype], unread))
+                entries.append(Ready(len(entries), number, name, W, group, limits[dtype]))
         return entries
 
     def _ready(self, plan: Plan | None) -> list[Ready]:
@@ -267,10 +266,10 @@ class SpectralOptimizer(Optimizer):
             raise BadGradient(sparse, "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
         if astray := [entry.name for entry in entries if entry.W.grad is not None and placements(entry.W.grad) != placements(entry.W)]:
             raise BadGradient(astray, "over ranks placed unlike its weight:", "redistribute the gradient to its weight's placements")
-        by_host = [entry for entry in entries if not entry.unread]
+        by_host = [entry for entry in entries if not on_device(entry)]
         by_device: dict[torch.device, list[Ready]] = {}
         for entry in entries:
-            if entry.unread and (entry.W.grad is not None or (plan is not None and entry.W.requires_grad)):
+            if on_device(entry) and (entry.W.grad is not None or (plan is not None and entry.W.requires_grad)):
                 by_device.setdefault(entry.W.device, []).append(entry)
         sides = [(members, watched(members)) for members in by_device.values()]
         if by_host:
@@ -280,7 +279,7 @@ class SpectralOptimizer(Optimizer):
         self._raise_spoilt(sides)
         ready = []
         for members, flags in sides:
-            ready += self._good(members, flags) if members[0].unread else self._known(members, flags)
+            ready += self._good(members, flags) if on_device(members[0]) else self._known(members, flags)
         return ready
 
     def _raise_spoilt(self, sides: list[tuple[list[Ready], Tensor]]) -> None:
@@ -321,7 +320,7 @@ class SpectralOptimizer(Optimizer):
         """The parts of the weights that are updated here, lane by lane, with their state."""
         alike: dict[tuple[Any, ...], list[Ready]] = {}
         for entry in ready:
-            alike.setdefault((entry.number, entry.W.device, entry.unread), []).append(entry)
+            alike.setdefault((entry.number, entry.W.device, on_device(entry)), []).append(entry)
         for key, entries in alike.items():
             group = entries[0].group
             blocks = [{**group, **block} for block in group["blocks"] or ({},)]
@@ -374,15 +373,14 @@ class SpectralOptimizer(Optimizer):
         for entry in entries:
             W, state = entry.W, self.state[entry.W]
             entry.state, entry.warm = state, state.get(LOOKS, 0) >= WARM
-            wanted = [*names, LOW] if _kept(W, entry.group) else names
-            for name in wanted:
+            dtypes = dict.fromkeys(names, _dtype(W, entry.group)) | ({LOW: torch.int16} if _kept(W, entry.group) else {})
+            for name, dtype in dtypes.items():
                 if name not in state:
                     _refuse_capture()
-                    dtype = torch.int16 if name == LOW else _dtype(W, entry.group)
                     state[name] = torch.zeros_like(W, dtype=dtype, memory_format=torch.preserve_format)
-            if counts and ("step" not in state or (entry.unread and state["step"].device != W.device)):
+            device = W.device if on_device(entry) else torch.device("cpu")
+            if counts and ("step" not in state or state["step"].device != device):
                 _refuse_capture()
-                device = W.device if entry.unread else torch.device("cpu")
                 state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
 
     def _steps(self, entries: list[Ready]) -> list[Any]:
@@ -401,7 +399,7 @@ def _number(entry: Ready, value: float | Tensor) -> float | Tensor:
     """A number the host may know, or a 0-d tensor it may not read."""
     if not isinstance(value, Tensor):
         return value
-    readable = not entry.unread or (value.device.type == "cpu" and entry.W.device.type != "cpu" and not entry.group["capturable"])
+    readable = not on_device(entry) or (value.device.type == "cpu" and not entry.group["capturable"] and not torch.compiler.is_compiling())
     return value.item() if readable else value.reshape(())
 
 

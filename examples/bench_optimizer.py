@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from bench_results import Accuracy, Race, Results, loaded, plot, report
+from bench_results import Accuracy, Race, Results, loaded, markdown, plot, report
 from contestants import CLIP, MOMENTUM, Contestant, Weights, contestants
-from machine import DTYPES, Machine, installed, measured
-from momenta import TESTED, Error, Exact, matrix, rotating
+from machine import DTYPES, NAMES, Machine, installed, measured
+from momenta import TESTED, TESTED_ON_CUDA, Error, Exact, matrix, rotating
 from stopwatch import Runner, Shapes
 
 SUITES: dict[str, dict[str, Shapes]] = {
@@ -44,10 +45,12 @@ SUITES: dict[str, dict[str, Shapes]] = {
 
 SETS = 4
 """Gradient sets in rotation: no step finds its gradients in a cache."""
-ROUNDS = {"cuda": 50, "cpu": 25}
+ROUNDS = {"cuda": 50, "cpu": 20}
 WARM_UP = {"cuda": 10, "cpu": 2}
 PASSES = {"cuda": 2, "cpu": 1}
 """On CUDA, where weights and state of all would not fit, one contestant after the other, and all of them again."""
+HOPELESS = 60_000.0
+"""Milliseconds."""
 OUT = Path(__file__).parent / "results"
 
 
@@ -58,11 +61,17 @@ def missing(contestant: Contestant, device: torch.device) -> str:
     return "does not run: needs CUDA" if contestant.cuda and device.type != "cuda" else ""
 
 
+def hopeless(floor: float | None) -> str:
+    """Says so where an algorithm would take very long on this machine at best."""
+    return f"left out: no less than {floor / 1e3:.0f} s a step at this machine's rate" if floor and floor > HOPELESS else ""
+
+
 def race(suite: str, dtype: str, entered: Sequence[Contestant], rounds: int, machine: Machine, device: torch.device) -> Race:
     """Time all contestants on one suite: on a CPU in turn, in a new order every round, so that noise strikes all alike."""
     shapes = SUITES[device.type][suite]
     sets = list(rotating(shapes, SETS, DTYPES[dtype], torch.Generator(device).manual_seed(0)))
-    runners = [Runner(contestant, missing(contestant, device)) for contestant in entered]
+    floors = {contestant.name: floor(contestant, shapes, DTYPES[dtype], machine) for contestant in entered}
+    runners = [Runner(contestant, missing(contestant, device) or hopeless(floors[contestant.name])) for contestant in entered]
     passes = PASSES[device.type]
     for heat in ([runners] if device.type == "cpu" else [[runner] for runner in runners]) * passes:
         for runner in heat:
@@ -77,7 +86,9 @@ def race(suite: str, dtype: str, entered: Sequence[Contestant], rounds: int, mac
                     runner.step(sets[number % SETS])
         for runner in heat:
             runner.stop()
-    timings = tuple(r.timing(floor(r.contestant, shapes, DTYPES[dtype], machine), products_in(r.contestant)) for r in runners)
+    timings = tuple(
+        r.timing(floors[r.contestant.name], "+".join(NAMES[product] for product in products(r.contestant, shapes))) for r in runners
+    )
     return Race(suite=suite, dtype=dtype, parameters=sum(out * into for out, into in shapes), machine=machine, timings=timings)
 
 
@@ -85,31 +96,33 @@ def floor(contestant: Contestant, shapes: Shapes, dtype: torch.dtype, machine: M
     """Milliseconds for the algorithm's products and passes, at the measured rates; None where no algorithm is known."""
     if (least := contestant.floor) is None:
         return None
-    flops = sum(least.flops(min(shape), max(shape)) for shape in shapes)
-    seconds = flops / (machine.teraflops[products_in(contestant)] * 1e12) if flops else 0.0
-    between = 4 if least.dtype is torch.float32 else 2
+    flops = products(contestant, shapes)
+    between = min((product.itemsize for product in flops), default=2)
     moved = sum(out * into for out, into in shapes) * (least.passes * dtype.itemsize + least.between * between)
-    return float(f"{1e3 * (seconds + moved / (machine.gigabytes_per_second * 1e9)):.4g}")
+    seconds = moved / (machine.gigabytes_per_second * 1e9)
+    seconds += sum(count / (machine.teraflops[NAMES[product]] * 1e12) for product, count in flops.items())
+    return float(f"{1e3 * seconds:.4g}")
 
 
-def products_in(contestant: Contestant) -> str:
-    """The dtype of its matrix products, "" where there are none to speak of."""
-    dtype = contestant.floor.dtype if contestant.floor else None
-    return next((name for name, known in DTYPES.items() if known is dtype), "")
+def products(contestant: Contestant, shapes: Shapes) -> Counter[torch.dtype]:
+    """Floating point operations of a step's matrix products, by dtype."""
+    least = contestant.floor
+    return sum((least.flops(min(shape), max(shape)) for shape in shapes), Counter()) if least else Counter()
 
 
 def accuracy(dtype: str, entered: Sequence[Contestant], machine: Machine, device: torch.device) -> Accuracy:
     """Every contestant's first update of a zero weight against the exact image of the gradient, in fp64."""
+    tested = TESTED_ON_CUDA if device.type == "cuda" else TESTED
     generator = torch.Generator().manual_seed(1)
-    grads = [matrix(name, shape, generator).to(DTYPES[dtype]) for name, shape in TESTED]
-    exact = [Exact.of(X) for X in grads]
+    grads = [matrix(name, shape, generator).to(device, DTYPES[dtype]) for name, shape in tested]
+    exact = [Exact.of(X, device) for X in grads]
     errors: dict[str, dict[str, Error]] = {}
     for contestant in entered:
         if missing(contestant, device) or not contestant.kind:
             continue
-        weights: Weights = [torch.nn.Parameter(torch.zeros_like(X, device=device)) for X in grads]
+        weights: Weights = [torch.nn.Parameter(torch.zeros_like(X)) for X in grads]
         for W, X in zip(weights, grads, strict=True):
-            W.grad = X.to(device, copy=True)
+            W.grad = X.clone()
         try:
             contestant.build(weights).step()
         except Exception as error:  # the race says so at length
@@ -117,7 +130,7 @@ def accuracy(dtype: str, entered: Sequence[Contestant], machine: Machine, device
             continue
         errors[contestant.name] = {
             f"{name} {shape[0]}x{shape[1]}": E.error(-W.data.double() / contestant.scale(*shape), contestant.kind, CLIP * (1 - MOMENTUM**2))
-            for (name, shape), W, E in zip(TESTED, weights, exact, strict=True)
+            for (name, shape), W, E in zip(tested, weights, exact, strict=True)
         }
     return Accuracy(dtype=dtype, machine=machine, errors=errors)
 
@@ -134,9 +147,13 @@ def main(arguments: Iterable[str]) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS[device.type], help="timed steps of each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON and the figure")
     parser.add_argument("--plot-only", action="store_true", help="print the tables and draw the figure from the JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table from the JSON, of the one --suite and --dtype")
     options = parser.parse_args([*arguments])
     path: Path = options.out / f"bench_optimizer_{device.type}.json"
     results = loaded(path)
+    if options.markdown:
+        print("\n\n".join(markdown(race, results.accuracy(race)) for race in results.races if chosen(race, options)))
+        return
     if not options.plot_only:
         options.out.mkdir(parents=True, exist_ok=True)
         entered = [c for c in everyone if options.only is None or c.name in options.only]
@@ -146,6 +163,11 @@ def main(arguments: Iterable[str]) -> None:
     plot(results, path.with_suffix(".png"))
     print(report(results, results.races, path))
     print(f"figure: {path.with_suffix('.png')}")
+
+
+def chosen(race: Race, options: argparse.Namespace) -> bool:
+    """Whether the command line names it."""
+    return race.suite in options.suite and race.dtype in options.dtype and not race.machine.set
 
 
 def run(results: Results, path: Path, entered: Sequence[Contestant], options: argparse.Namespace, device: torch.device) -> Results:

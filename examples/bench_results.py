@@ -161,10 +161,10 @@ def _cells(timing: Timing, reference: Timing | None, errors: dict[str, Error]) -
         f"{low:.4g}-{high:.4g}",
         faster,
         f"{timing.floor / timing.median:.0%}" if timing.floor else "",
-        str(timing.launches),
-        f"{timing.products:.0%}",
+        str(timing.launches or ""),
+        f"{timing.products:.0%}" if timing.launches else "",
         f"{timing.state_bytes / 2**20:.1f}M",
-        f"{timing.workspace_bytes / 2**20:.1f}M",
+        f"{timing.workspace_bytes / 2**20:.1f}M" if timing.launches else "",
         *_accuracy(errors),
     )
 
@@ -184,6 +184,16 @@ vs torch: times as fast as torch.optim.Muon. of floor: the algorithm's own produ
 run, over the time taken. launches: kernels (CUDA) or operators (CPU) a step; products: the share of their time in matrix products. state:
 kept between steps, work: the most a step holds on top. descent: least <U,Φ>/(‖U‖₂‖Φ‖_*) over the test matrices, 1 for the exact msign;
 cosine: median to the exact image; norm: largest ‖U‖₂ over the exact one."""
+
+
+def markdown(race: Race, errors: dict[str, dict[str, Error]]) -> str:
+    """The table for the README, the most exact first; worst descent, median cosine and largest norm over the test matrices."""
+    rows = ["| | ms a step | descent | cosine | norm |", "|---|---|---|---|---|"]
+    known = [timing for timing in race.ran if timing.kind == "msign" and timing.name in errors and timing.name != APART]
+    for timing in sorted(known, key=lambda timing: _accuracy(errors[timing.name]), reverse=True):
+        cells = (timing.name if timing.package else f"**{timing.name}**", f"{timing.median:.3g}", *_accuracy(errors[timing.name]))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def accuracies(accuracy: Accuracy) -> str:

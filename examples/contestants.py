@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -39,31 +40,35 @@ class Steps(Protocol):
         ...
 
 
+class Chunk(NamedTuple):
+    """X ← q(X·Xᵀ)·X: one product for X·Xᵀ, some of (m, m) matrices for the polynomial q, one for q·X."""
+
+    squares: int
+    dtype: torch.dtype
+
+
 class Floor(NamedTuple):
-    """The least work an algorithm needs, in the dtype its products are stored in.
+    """The least work an algorithm needs.
 
     Attributes:
-        segments: steps between the points where X·Xᵀ is computed anew, as a function of (m, n), m ≤ n; () without an iteration.
-        products: "standard": X·Xᵀ, R², (b·R + c·R²)·X each step; "gram": R², R·Z, (R·Z)·Z, Q·Z each step but the first of a segment.
-        dtype: of the products; None: the weights'.
-        symmetric: whether kernels compute one triangle of symmetric products.
+        chunks: those of an (m, n) matrix, m ≤ n.
+        symmetric: whether kernels compute one triangle of X·Xᵀ and of products of symmetric matrices that commute.
         passes: reads and writes of a tensor of the weights' size and dtype, if every elementwise stage were one pass.
-        between: the same in the dtype of the products: the iteration's input and its output.
+        between: the same, of what lies between those stages and the products: input and result of the iteration.
     """
 
-    segments: Callable[[int, int], tuple[int, ...]] = lambda _m, _n: ()
-    products: str = "gram"
-    dtype: torch.dtype | None = None
+    chunks: Callable[[int, int], tuple[Chunk, ...]] = lambda _m, _n: ()
     symmetric: bool = False
     passes: int = 5  # read gradient, momentum, weight; write momentum, weight
     between: int = 2
 
-    def flops(self, m: int, n: int) -> int:
-        """Floating point operations of one (m, n) matrix's iteration, m ≤ n."""
-        square, gram = (m**3, m * m * n) if self.symmetric else (2 * m**3, 2 * m * m * n)
-        if self.products == "standard":
-            return sum(self.segments(m, n)) * (gram + square + 2 * m * m * n)
-        return sum(gram + (4 * steps - 3) * square + 2 * m * m * n for steps in self.segments(m, n))
+    def flops(self, m: int, n: int) -> Counter[torch.dtype]:
+        """Floating point operations of one (m, n) matrix's products, m ≤ n."""
+        found: Counter[torch.dtype] = Counter()
+        for chunk in self.chunks(m, n):
+            triangle = 1 if self.symmetric else 2
+            found[chunk.dtype] += triangle * (m * m * n + chunk.squares * m**3) + 2 * m * m * n
+        return found
 
 
 class Contestant(NamedTuple):
@@ -89,11 +94,6 @@ class Contestant(NamedTuple):
     options: str = ""
     cuda: bool = False
 
-    @property
-    def ours(self) -> bool:
-        """Whether it is this project's."""
-        return self.package == ""
-
 
 class _Apart:
     """One optimizer per weight: what batching is measured against."""
@@ -117,15 +117,17 @@ def _our_floor(accuracy: str, device: torch.device) -> Floor | None:
     """Of `compiler.msign`: Gram space between restarts, each step its own segment for nearly square matrices."""
     schedule = SCHEDULES[accuracy]
     cuts = (0, *schedule.restarts, len(schedule.steps))
-    if device.type == "cpu":
-        if accuracy == "exact":
-            return None
-        return Floor(lambda m, n: _between(cuts) if 2 * n > 3 * m else (1,) * len(schedule.steps), dtype=torch.float32)
-    return Floor(lambda m, n: _between(cuts), dtype=torch.float16, symmetric=True)
+    if device.type == "cuda":
+        return Floor(lambda _m, _n: _gram(torch.float16, cuts), symmetric=True)
+    if accuracy == "exact":
+        return None
+    every = tuple(range(len(schedule.steps) + 1))
+    return Floor(lambda m, n: _gram(torch.float32, cuts if 2 * n > 3 * m else every))
 
 
-def _between(cuts: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(last - first for first, last in pairwise(cuts))
+def _gram(dtype: torch.dtype, cuts: tuple[int, ...]) -> tuple[Chunk, ...]:
+    """Quintics in Gram space, X·Xᵀ made anew at the cuts: R² in each, and R·Z, (R·Z)·Z, Q·Z in all but the first of a chunk."""
+    return tuple(Chunk(4 * (last - first) - 3, dtype) for first, last in pairwise(cuts))
 
 
 def _peer(where: str, **options: Any) -> Callable[[Weights], Steps]:
@@ -149,21 +151,19 @@ def _tall(out: int, into: int) -> float:
 
 
 def _standard(dtype: torch.dtype, *, symmetric: bool = False) -> Floor:
-    return Floor(lambda _m, _n: (1,) * 5, "standard", dtype, symmetric)
+    """Five quintics, X·Xᵀ made anew before each."""
+    return Floor(lambda _m, _n: (Chunk(1, dtype),) * 5, symmetric)
 
 
-class _GramOrStandard(Floor):
-    """Gram space with one restart; the usual iteration for square matrices."""
-
-    def flops(self, m: int, n: int) -> int:
-        return super().flops(m, n) if m < n else _standard(torch.float16, symmetric=self.symmetric).flops(m, n)
+def _gram_or_standard(dtype: torch.dtype, *, symmetric: bool = False) -> Floor:
+    """Five quintics in Gram space with one restart; the usual iteration for square matrices."""
+    return Floor(lambda m, n: _gram(dtype, (0, 2, 5)) if m < n else _standard(dtype).chunks(m, n), symmetric)
 
 
 def contestants(device: torch.device) -> list[Contestant]:
     """All lines of the table, ours first."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    gram = Floor(lambda _m, _n: (2, 3), dtype=fp16)
-    gram_or_standard = _GramOrStandard(lambda _m, _n: (2, 3), dtype=fp16)
+    gram = Floor(lambda _m, _n: _gram(fp16, (0, 2, 5)))
     plain = {"momentum": MOMENTUM, "weight_decay": 0.0}
     gram_ns = partial(_peer, "gram_newton_schulz:Muon", **plain, adjust_lr=None)
     emerging = partial(_peer, "emerging_optimizers.orthogonalized_optimizers:Muon", **plain, nesterov=True, scale_mode="shape_scaling")
@@ -181,8 +181,8 @@ def contestants(device: torch.device) -> list[Contestant]:
         by("torch.optim.Muon", "torch", _peer("torch.optim:Muon", **plain), _standard(bf16), scale=_tall),
         by("Keller Jordan", "muon-optimizer", _peer("muon:SingleDeviceMuon", momentum=MOMENTUM), _standard(bf16), scale=_tall),
         by("heavyball", "heavyball", heavyball, _standard(bf16), scale=_tall),
-        by("gram-newton-schulz", GRAM_NS, gram_ns(ns_use_kernels=False), gram_or_standard, options="ns_use_kernels=False"),
-        by("gram-newton-schulz, kernels", GRAM_NS, gram_ns(), gram_or_standard._replace(symmetric=True), cuda=True),
+        by("gram-newton-schulz", GRAM_NS, gram_ns(ns_use_kernels=False), _gram_or_standard(fp16), options="ns_use_kernels=False"),
+        by("gram-newton-schulz, kernels", GRAM_NS, gram_ns(), _gram_or_standard(fp16, symmetric=True), cuda=True),
         by("emerging-optimizers", EMERGING, emerging(), _standard(bf16), scale=_tall),
         by("emerging-optimizers, PE", EMERGING, emerging(**PE), _standard(bf16), scale=_tall, options=_said(PE)),
         by(
@@ -202,12 +202,12 @@ def contestants(device: torch.device) -> list[Contestant]:
             scale=_tall,
             options=_said({**PE, **FULL}),
         ),
-        by("optimuon", "optimuon", optimuon(), gram_or_standard, options="normuon=False"),
+        by("optimuon", "optimuon", optimuon(), _gram_or_standard(fp16), options="normuon=False"),
         by(
             "optimuon, fp32",
             "optimuon",
             optimuon(ns_dtype=fp32),
-            gram_or_standard._replace(dtype=fp32),
+            _gram_or_standard(fp32),
             options="normuon=False, ns_dtype=torch.float32",
         ),
         by("muonium", "muonium", muonium, _standard(bf16, symmetric=True), scale=_tall, cuda=True),

@@ -1,8 +1,7 @@
 """What the interface of a Hugging Face model tells: itself at another width, and inputs on which it runs.
 
 The names of config fields and of forward's parameters are Hugging Face's documented interface. At twice the width every width and head
-count is doubled; head_dim, vocabularies, positions, kernels, the dimension that two towers are projected to and ranks that are not listed
-stay.
+count is doubled; head_dim, vocabularies, positions, kernels and ranks that are not listed stay.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ BATCH, LENGTH = 2, 8
 WIDTH_FIELDS = re.compile(
     r"(en|de)coder_(hidden_size|hidden_dim|ffn_dim|dim|intermediate_size|feedforward_dim|in_channels)"
     r"|((linear|moe|shared|shared_expert|moe_shared|moe_shared_expert|dense|expert|mlp|ffn|dense_ffn|fusion|projector|mm|pooler|text|out|output"
-    r"|latent|attention|fpn|neck|rnn|reassemble|decoder_mlp|merged)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
-    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|codebook|text_embed|backbone_channel)_(dim|dims|list)"
+    r"|latent|attention|fpn|neck|rnn|image_text|reassemble|decoder_mlp)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
+    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|proj|projection|conv|codebook|text_embed|backbone_channel)_(dim|dims|list)"
     r"|word_embed_proj_dim|embedding_(size|dim)|embed_size|n_inner|d_ff|d_inner|d_embed|dim_feedforward|ffn_hidden_size|lru_width|num_filters"
-    r"|pooler_output_size|projection_size|decoder_channels|stem_hidden_channels|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
+    r"|pooler_output_size|output_channels|decoder_channels|stem_(hidden_)?channels|classifier_proj_size|upsample_initial_channel|tdnn_dim"
+    r"|xvector_output_dim|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
     r"|time_step_rank|neck_hidden_sizes|decoder_hidden_size"
 )
 HEAD_FIELDS = re.compile(
