@@ -67,7 +67,8 @@ def folded(
         if not growth.grows(dot.dim):
             continue
         length = growth.of(dot.dim)
-        present = length ** _power(_scalars(graph, dot), growth.axes.size(dot.dim)) * size(dot.left) * size(dot.right)
+        calls = _around(graph, growth, dot)
+        present = length ** _power(_scalars(graph, dot, calls), growth.axes.size(dot.dim)) * size(dot.left) * size(dot.right)
         rest = 1 / (length * present)
         found = _carriers(graph, dot) if exponent(rest) != 0 else []
         contraction = Contraction(
@@ -150,26 +151,40 @@ def _split_axis(call: Call) -> int:
 # the factor that is there already
 
 
-def _scalars(graph: LayerGraph, dot: Dot) -> tuple[float, ...]:
-    """The product of the numbers that multiply the contraction, at each width."""
+FUSED = "aten.scaled_dot_product_attention"
+
+
+def _scalars(graph: LayerGraph, dot: Dot, calls: tuple[Call, ...]) -> tuple[float, ...]:
+    """The product of the numbers that multiply the contraction, by itself and in `calls`, at each width."""
     total = [1.0] * len(graph.recordings)
-    if dot.call.name == "aten.scaled_dot_product_attention":
+    if dot.call.name == FUSED:
         sizes = dot.call.values and [node.all_input_nodes[0].meta["val"].shape[-1] for node in dot.call.nodes]
         for i, (scale, size) in enumerate(zip(dot.call.over_widths("scale"), sizes, strict=True)):
             total[i] *= float(scale) if scale is not None else size**-0.5
-    for call in _around(graph, dot):
+    for call in calls:
         for i, number in enumerate(as_number(graph, call)):
             total[i] *= number
     return tuple(total)
 
 
-def taken_by(graph: LayerGraph, dots: list[Dot]) -> frozenset[fx.Node]:
+def taken_by(graph: LayerGraph, growth: Growth, dots: list[Dot]) -> frozenset[fx.Node]:
     """The calls whose numbers belong to a product of two activations."""
-    return frozenset(call.node for dot in dots for call in _around(graph, dot))
+    return frozenset(call.node for dot in dots for call in _around(graph, growth, dot))
 
 
-def _around(graph: LayerGraph, dot: Dot) -> tuple[Call, ...]:
-    return (*_up(graph, dot.left), *_up(graph, dot.right), *_down(graph, dot.call))
+def _around(graph: LayerGraph, growth: Growth, dot: Dot) -> tuple[Call, ...]:
+    """Those after the product; and those on the way to it, unless it is nearer to 1/dim without: then they are its maps' own.
+
+    (u-muP multiplies what every map gives by 1/√fan_in, and q·k by 1/dim.)
+    """
+    after = () if dot.call.name == FUSED else tuple(_down(graph, dot.call))  # past the softmax and the values
+    if not growth.grows(dot.dim):
+        return after
+    left, right = tuple(_up(graph, dot.left)), tuple(_up(graph, dot.right))
+    sizes = growth.axes.size(dot.dim)
+    without, beside = (abs(1 + _power(_scalars(graph, dot, calls), sizes)) for calls in (after, (*left, *right, *after)))
+    on_both = all(any(set(as_number(graph, call)) != {1.0} for call in way) for way in (left, right))
+    return after if without < beside or (without == beside and on_both) else (*left, *right, *after)
 
 
 def _up(graph: LayerGraph, node: fx.Node) -> Iterator[Call]:

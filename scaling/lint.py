@@ -181,6 +181,23 @@ class _Part:
         return [_at(self.block.eps * folded / (self.block.multiplier * self.ratio), width) for width in widths]
 
 
+def _folded(part: _Part, missing: dict[str, sympy.Expr]) -> sympy.Expr:
+    """The part of a block's target that makes up for what a product of two activations lacks (weight -> that factor)."""
+    rest = next((missing[name] for name in part.rule.names if name in missing), None)
+    if rest is None:
+        return sympy.Integer(1)
+    own, others = exponent(part.block.target), {exponent(block.target) for block in part.rule.blocks}
+    if own in (exponent(rest), exponent(rest) / 2):  # alone, or shared by both activations
+        return part.block.target
+    carries = len(part.rule.blocks) == 1 or own - exponent(rest) in others  # beside a number that all blocks make up for
+    return rest if carries else sympy.Integer(1)
+
+
+def _chosen(part: _Part, power: float) -> bool:
+    """Whether a learning rate is off as u-muP wants it to be."""
+    return part.block.role == "embedding" and part.degree == 0 and not part.matrix and abs(power + 0.5) <= TOLERANCE
+
+
 def _fitting(powers: tuple[float, float], tolerance: float) -> float:
     """The departure from a law's limit, unless its finite form fits."""
     limit, finite = powers
@@ -205,21 +222,21 @@ class _Linter:
         self.updates, self.thresholds = updates, thresholds
         trace = table.trace
         dots = [dot for dot in uses_of(trace.graph, trace.growth.axes)[1] if trace.growth.grows(dot.dim)]
-        self.numbers = multipliers(trace.graph, trace.uses, dots)
+        self.numbers = multipliers(trace.graph, trace.growth, trace.uses, dots)
         self.uses: dict[str, list[WeightUse]] = {}
         for use in trace.uses:
             self.uses.setdefault(use.weight.names[0], []).append(use)
 
     def findings(self) -> Iterator[Finding]:
         yield from self._coverage()
-        unfolded: set[str] = set()
+        unfolded: dict[str, sympy.Expr] = {}
         for contraction in self.table.contractions:
             missing = 1 / (contraction.dim * contraction.present)
             if exponent(missing) != 0 and not self._carried(contraction):
-                unfolded |= set(contraction.folded)
+                unfolded |= dict.fromkeys(contraction.folded, missing)
                 yield _attention(contraction, missing)
         for rule in self.table:
-            yield from self._of(rule, unfolded=bool(set(rule.names) & unfolded))
+            yield from self._of(rule, unfolded)
         yield from self._clipping(unfolded)
 
     def _coverage(self) -> Iterator[Finding]:
@@ -259,10 +276,10 @@ class _Linter:
                     later=k > 0,
                 )
 
-    def _of(self, rule: WeightRule, *, unfolded: bool) -> Iterator[Finding]:
+    def _of(self, rule: WeightRule, unfolded: dict[str, sympy.Expr]) -> Iterator[Finding]:
         seen: set[tuple[str, str]] = set()
         for part in self._parts(rule):
-            folded = part.block.target if unfolded else sympy.Integer(1)
+            folded = _folded(part, unfolded)
             for finding in (*self._mean(part), *self._invariants(part, folded)):
                 if (finding.kind, finding.found) not in seen:
                     seen.add((finding.kind, finding.found))
@@ -270,7 +287,8 @@ class _Linter:
 
     def _carried(self, contraction: Contraction) -> bool:
         """Whether the user's init and learning rate of the weights upstream have what the forward lacks."""
-        parts = [part for name in contraction.folded for part in self._parts(self.table[name]) if part.block.target != 1]
+        missing = dict.fromkeys(contraction.folded, 1 / (contraction.dim * contraction.present))
+        parts = [part for name in contraction.folded for part in self._parts(self.table[name]) if _folded(part, missing) != 1]
         moved = [self._moved(part, sympy.Integer(1)) for part in parts]
         return bool(parts) and all(
             abs(power) <= TOLERANCE + self._noise(part)
@@ -328,7 +346,7 @@ class _Linter:
             yield self._init(part, scale)
         if off_rate:
             yield self._lr(part, rate)
-        yield from self._decay(part, _nearest(rate) if off_rate else 0.0)
+        yield from self._decay(part, _nearest(rate) if off_rate and not _chosen(part, rate) else 0.0)
         yield from self._epsilon(part, multiplier, folded)
 
     def _multiplier(self, part: _Part, power: float, shift: float) -> Finding:
@@ -356,7 +374,7 @@ class _Linter:
 
     def _lr(self, part: _Part, power: float) -> Finding:
         own, nearest = slope(self.widths, part.rates(self.widths)), _nearest(power)
-        chosen = part.block.role == "embedding" and part.degree == 0 and not part.matrix and abs(power + 0.5) <= TOLERANCE
+        chosen = _chosen(part, power)
         fix = "none needed: u-muP's choice of an embedding lr (THEORY 2.4, D4)" if chosen else ""
         return _finding(
             part,
@@ -403,14 +421,14 @@ class _Linter:
             fix = f"multiply its eps by {_factor(-nearest)}, or make eps negligible (1e-12)"
             yield _finding(part, "eps", what, _power(own), _power(own - nearest), -nearest, fix)
 
-    def _clipping(self, unfolded: set[str]) -> Iterator[Finding]:
+    def _clipping(self, unfolded: dict[str, sympy.Expr]) -> Iterator[Finding]:
         """Of the gradient's global norm, Σ‖G‖_F², the terms of the highest power of d decide (THEORY 1.5, D2)."""
         if self.thresholds is None or not all(self.thresholds):
             return
         norms: list[tuple[float, _Part]] = []
         for rule in self.table:
             for part in self._parts(rule):
-                folded = part.block.target if set(rule.names) & unfolded else sympy.Integer(1)
+                folded = _folded(part, unfolded)
                 count = sympy.sqrt(part.block.fan_in * part.block.fan_out * part.block.copies)
                 entry = part.block.eps * folded / (part.block.multiplier * part.ratio)
                 norms.append((float(exponent(entry * count)), part))

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from scaling.contractions import _as_float, as_number, taken_by
 from scaling.graph import LayerGraph
+from scaling.growth import Growth
 from scaling.limits import exponent
 from scaling.operators import rule_of
 from scaling.propagation import MOVES
@@ -110,12 +111,12 @@ def entries(weight: Tensor, block: Block, width: int) -> Tensor:
 # --- forward multipliers ------------------------------------------------------------------------------------------------------------
 
 
-def multipliers(graph: LayerGraph, uses: Sequence[WeightUse], dots: Sequence[Dot]) -> dict[WeightUse, tuple[float, ...]]:
+def multipliers(graph: LayerGraph, growth: Growth, uses: Sequence[WeightUse], dots: Sequence[Dot]) -> dict[WeightUse, tuple[float, ...]]:
     """Use -> the number on the weight there, at each width: on itself, on what it makes up to the next function, or on what it is given.
 
     Numbers on the way into or out of a product of two activations (q·k) belong to that product.
     """
-    taken = taken_by(graph, list(dots))
+    taken = taken_by(graph, growth, list(dots))
     out: dict[WeightUse, tuple[float, ...]] = {}
     for use in uses:
         numbers = [as_number(graph, graph.calls[node]) for node in _chain(graph, use.operand)]

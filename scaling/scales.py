@@ -50,7 +50,7 @@ class _Sizes:
         for use in uses:
             self.uses.setdefault(use.call.node, []).append(use)
         self.dots = {dot.call.node for dot in dots if growth.grows(dot.dim)}
-        self.taken = taken_by(graph, dots)
+        self.taken = taken_by(graph, growth, dots)
         self.scales = Scales()
 
     def run(self) -> Scales:

@@ -660,6 +660,29 @@ def test_the_mup_package_in_correct_use_passes(make, args, optimizer):
     assert faults(with_mup(make, optimizer, **options), args, seeds=(0, 1, 2)) == set()
 
 
+class MupShared(nn.Module):
+    def __init__(self, d, readout=mup.MuReadout):
+        super().__init__()
+        self.wte, self.block = nn.Embedding(VOCAB, d), Block(d, 4, 4 / d)
+        self.head = mup.MuSharedReadout(self.wte.weight, bias=False)
+
+    def forward(self, idx):
+        return self.head(self.block(self.wte(idx)))
+
+
+def test_mups_shared_readout_passes_once_its_init_is_made_again():
+    """set_base_shapes multiplies the shared embedding by √m (microsoft/mup#55), which is found."""
+
+    def build(d):
+        model, optimizer = with_mup(MupShared, mup.MuAdamW, weight_decay=0.1)(d)
+        mup.init.normal_(model.wte.weight, std=0.5)
+        return model, optimizer
+
+    assert faults(build, seeds=(0, 1, 2)) == set()
+    ((kind, weights, factor),) = faults(with_mup(MupShared, mup.MuAdamW, weight_decay=0.1))
+    assert (kind, weights, factor) == ("init", ("wte.weight",), 1 / ROOT)
+
+
 @pytest.mark.parametrize(("make", "args"), [(MupMLP, torch.zeros(2, 16)), (MupTransformer, TOKENS)])
 def test_a_plain_linear_in_place_of_a_mu_readout_is_found(make, args):
     found = faults(with_mup(make, mup.MuAdam, readout=nn.Linear), args)
@@ -690,6 +713,69 @@ def test_u_mup_passes_and_its_embedding_lr_is_noted():
     assert report.passed
     assert report.faults == ()
     assert [(f.kind, f.severity, f.weight) for f in report.findings] == [("lr", "note", "wte.weight")]
+
+
+class UnitBlock(nn.Module):
+    """u-muP: unit init, and 1/√fan_in on what every map gives; `apart` has q, k and v as three maps."""
+
+    def __init__(self, d, heads, apart, scale):
+        super().__init__()
+        names = ("q", "k", "v") if apart else ("qkv",)
+        self.maps = nn.ModuleDict({name: nn.Linear(d, d * (3 // len(names)), bias=False) for name in names})
+        self.out, self.up, self.down = nn.Linear(d, d, bias=False), nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        self.heads, self.scale = heads, scale
+
+    def scaled(self, layer, x):
+        return layer(x) * layer.weight.shape[1] ** -0.5
+
+    def forward(self, x):
+        y = F.rms_norm(x, x.shape[-1:])
+        parts = [self.scaled(layer, y) for layer in self.maps.values()]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (parts if len(parts) == 3 else parts[0].chunk(3, -1)))
+        y = F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** self.scale)
+        x = x + self.scaled(self.out, y.transpose(1, 2).flatten(-2))
+        return x + self.scaled(self.down, F.silu(self.scaled(self.up, F.rms_norm(x, x.shape[-1:]))))
+
+
+class UnitGPT(nn.Module):
+    def __init__(self, d, heads, apart, scale=-1, readout=-1):
+        super().__init__()
+        self.wte = nn.Embedding(VOCAB, d)
+        self.h = nn.ModuleList(UnitBlock(d, heads, apart, scale) for _ in range(2))
+        self.head = nn.Linear(d, VOCAB, bias=False)
+        self.readout = d**readout
+        for weight in self.parameters():
+            nn.init.normal_(weight)
+
+    def forward(self, idx):
+        x = self.wte(idx)
+        for block in self.h:
+            x = block(x)
+        return self.head(x) * self.readout
+
+
+def unit(*, heads=lambda d: 4, apart=False, **broken):
+    def build(d):
+        model = UnitGPT(d, heads(d), apart, **broken)
+        rates = {"wte": d**-0.5, "head": 1.0}
+        groups = [{"params": [w], "lr": rates.get(n.split(".")[0], w.shape[1] ** -0.5)} for n, w in model.named_parameters()]
+        return model, torch.optim.AdamW(groups, weight_decay=0)
+
+    return build
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("heads", [lambda d: 4, lambda d: d // 16], ids=["heads fixed", "heads grow"])
+def test_a_u_mup_gpt_passes(heads, apart):
+    """The factors 1/√fan_in after q, k and v are those maps' own: q·k has its 1/dim already."""
+    assert faults(unit(heads=heads, apart=apart)) == set()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_u_mup_gpt_with_one_factor_wrong_has_that_finding(apart):
+    assert faults(unit(apart=apart, readout=-0.5)) == {("multiplier", ("head.weight",), 1 / ROOT)}
+    found = faults(unit(apart=apart, scale=-0.5))
+    assert {(kind, factor) for kind, _, factor in found} == {("attention", 1 / ROOT)}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "muon"])
