@@ -40,8 +40,9 @@ class Response:
     """How one block of a weight is updated at one width.
 
     `rate`: RMS entry of the update where the gradient's entries are ±1, continued by `degree` from larger ones. `by_rows`: whether each
-    index of the first axis is updated by itself. `eps`: the size of gradient entries whose update is halved. `decay`: the fraction of the
-    weight that is decayed per step; `coupled`: and whether lr multiplies it; `l2`: it goes through what is done to the gradient.
+    index of the first axis is updated by itself. `eps`: the size of gradient entries whose update is halved, 0 if none was seen.
+    `decay`: the fraction of the weight decayed per step; `coupled`: whether lr multiplies it; `l2`: whether it instead goes through what
+    is done to the gradient.
     """
 
     optimizer: str
@@ -134,7 +135,7 @@ def responses(model: nn.Module, optimizers: Iterable[Any], table: ScalingTable, 
                 if (kind, block.axes) not in seen:
                     part = partial(entries, block=block, width=width)
                     trial = tried[id(alike[kind])]
-                    seen[kind, block.axes] = trial.response(type(optimizer).__name__, group, part, _beside(optimizer, group))
+                    seen[kind, block.axes] = trial.response(type(optimizer).__name__, part, _beside(optimizer, group))
             found[rule.name] = tuple(seen[kind, block.axes] for block in rule.blocks)
     return found
 
@@ -162,7 +163,7 @@ class _Trial:
     large: _Move
     spread: _Move
 
-    def response(self, optimizer: str, group: Mapping[str, Any], part: Callable[[Tensor], Tensor], beside: float) -> Response:
+    def response(self, optimizer: str, part: Callable[[Tensor], Tensor], beside: float) -> Response:
         decay, l2 = self._decay()
         kept = 0.0 if l2 else decay
 
@@ -177,14 +178,12 @@ class _Trial:
         degree = sympy.Rational(round(4 * power), 4)
         coupled = decay == 0 or abs(_along(self.idle_twice) / decay - 2) < 0.5
         eps = _eps(part(self.spread.gradient).abs(), update(self.spread).abs(), large) if degree == 0 and not l2 else 0.0
-        if degree == 0 and eps is None:
-            eps = float(group.get("eps") or 0.0) if not isinstance(group.get("eps"), tuple) else 0.0
         return Response(
             optimizer=optimizer,
             degree=degree,
             rate=large / LARGE ** float(degree) * beside,
             by_rows=degree != 0 or _by_rows(self.spread, kept),
-            eps=eps or 0.0,
+            eps=eps,
             decay=decay * (beside if coupled else 1.0),
             coupled=coupled,
             l2=l2,
@@ -206,12 +205,14 @@ def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
-def _eps(gradient: Tensor, update: Tensor, full: float) -> float | None:
-    """The size of gradient entries at which half of the full update is left; None if entries are too few or do not go each by itself."""
-    gradient, share = gradient.flatten(), update.flatten() / full if full else update.flatten()
+def _eps(gradient: Tensor, update: Tensor, full: float) -> float:
+    """The size of gradient entries at which half of the full update is left; 0 if entries do not go each by itself, or are too few."""
+    if full == 0 or gradient.numel() < DECADES:
+        return 0.0
+    gradient, share = gradient.flatten(), update.flatten() / full
     high = share[gradient >= 0.1 * LARGE]
-    if full == 0 or gradient.numel() < 3 * DECADES or not len(high) or not 0.5 < float(high.median()) < 2:
-        return None
+    if not len(high) or not 0.5 < float(high.median()) < 2:
+        return 0.0
     between = (share > 0.02) & (share < 0.98)
     if bool(between.any()):
         return float((gradient[between] * (1 / share[between] - 1)).median())

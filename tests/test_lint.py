@@ -8,9 +8,12 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import compiler
+from compiler.compile import OPTIMIZERS
 from scaling import derive
 from scaling.errors import CannotMeasure, CaptureFailed
 from scaling.limits import WIDTH
@@ -788,6 +791,87 @@ def test_what_this_project_compiles_passes(make, args, optimizer):
         return compiler.compile(make(d), table, optimizer=optimizer, lr=0.01, weight_decay=0.1)
 
     assert faults(build, args) == set()
+
+
+# --- laws ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """One weight of every role: embedding, input and hidden maps, gain, readout; 7 classes, fewer than any width."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.wte, self.stem = nn.Embedding(7, d), nn.Linear(3, d, bias=False)
+        self.norm, self.hidden = nn.LayerNorm(d, bias=False), nn.Linear(d, 2 * d, bias=False)
+        self.head = nn.Linear(2 * d, 7, bias=False)
+
+    def forward(self, idx, x):
+        return self.head(torch.tanh(self.hidden(self.norm(self.wte(idx) + self.stem(x)))))
+
+
+SMALL = (torch.arange(6).reshape(2, 3), torch.zeros(2, 3, 3))
+SMALL_TABLE = derive(Small, SMALL, widths=(32, 64, 128))
+NAMES = [rule.name for rule in SMALL_TABLE]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("gauge", ["table3", "table8", "table9", "u-mup"])
+def test_what_compile_makes_of_any_gauge_for_any_optimizer_passes(gauge, optimizer):
+    table = SMALL_TABLE.gauge(gauge)
+
+    def build(d):
+        return compiler.compile(Small(d), table, optimizer=optimizer, lr=0.01, weight_decay=0.1, eps=1e-3)
+
+    assert lint(build, SMALL, (32, 64, 128)).findings == ()
+
+
+FACTORS = {
+    "adam": lambda groups: torch.optim.AdamW(groups),
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+}
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    gauge=st.sampled_from(["table3", "table8", "table9"]),
+    family=st.sampled_from(sorted(FACTORS)),
+    name=st.sampled_from(NAMES),
+    quantity=st.sampled_from(["init", "lr", "weight_decay", "eps"]),
+    power=st.sampled_from([-1, -0.5, 0.5, 1]),
+)
+def test_one_factor_of_one_weight_that_is_off_by_a_power_of_d_is_the_one_finding(gauge, family, name, quantity, power):
+    if (quantity == "eps" and family == "sgd") or (quantity == "init" and name == "norm.weight"):
+        return
+    table = SMALL_TABLE.gauge(gauge)
+
+    def build(d):
+        model = compiler.init_(Small(d), table)
+        groups = compiler.param_groups(model, table, family, lr=0.01, weight_decay=0.1, eps=1e-2 if quantity == "eps" else 1e-12)
+        split = [
+            {**group, "params": [W], "param_names": [n]}
+            for group in groups
+            for n, W in zip(group["param_names"], group["params"], strict=True)
+        ]
+        (own,) = [group for group in split if group["param_names"] == [name]]
+        if quantity == "init":
+            with torch.no_grad():
+                own["params"][0].mul_((d / 32) ** power)
+        else:
+            own[quantity] *= (d / 32) ** power
+            if quantity == "lr":
+                own["weight_decay"] /= (d / 32) ** power
+        for group in split:
+            group.pop("param_names")
+        return model, FACTORS[family](split)
+
+    found = {(f.kind, f.weights, f.factor) for f in lint(build, SMALL, (32, 64, 128), seeds=(0, 1, 2)).faults}
+    # a wrong embedding lr of 1/√d is u-muP's choice, a note
+    chosen = quantity == "lr" and name == "wte.weight" and power == -0.5 and family == "adam"
+    factor = D ** -sympy.Rational(str(power))
+    if quantity == "lr":  # lr·weight_decay is as it was, and follows the lr once that is mended: a note
+        assert found == (set() if chosen else {("lr", (name,), factor)})
+    else:
+        assert found == {(quantity, (name,), factor)}
 
 
 # --- wrong use ----------------------------------------------------------------------------------------------------------------------
