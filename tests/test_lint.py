@@ -266,6 +266,8 @@ def test_sgd_needs_its_own_factors():
 
     x = torch.zeros(2, 16)
     assert faults(build(True), x) == set()
+    (clipped,) = lint(build(True), x, (32, 64, 128), clip=1.0).faults  # SGD's steps follow the clipped gradient, Adam's do not
+    assert (clipped.kind, clipped.severity, clipped.weights, clipped.factor) == ("clip", "error", ("head.weight",), sympy.sqrt(D))
     assert of(faults(build(False), x), "lr") == {
         "first.weight": D, "first.bias": D, "second.weight": D, "second.bias": D, "third.weight": D, "third.bias": D,
     }  # fmt: skip
