@@ -17,10 +17,11 @@ from scaling.records import Record
 class Timing(Record):
     """One contestant on one suite. `why` says why there are no numbers, `products_in` in which dtype matrices are multiplied.
 
-    `milliseconds` of every timed step: between CUDA events around it, or by the wall clock on a CPU. `host_milliseconds`: until
-    `step()` returned. `floor` is the least time for the algorithm at the rates measured in this run. `launches` counts kernels on
-    CUDA, operators on a CPU, in one step; `products` is the share of their time that matrix products take. `state_bytes` stay between
-    steps, `workspace_bytes` are the most a step holds on top.
+    `milliseconds` of every timed step: between CUDA events around it, or by the wall clock on a CPU. `host_milliseconds`, on CUDA: until
+    `step()` returned. `processor_milliseconds`, on a CPU: of all threads, less disturbed by what else runs there. `floor` is the least
+    time for the algorithm at the rates measured in this run. `launches` counts kernels on CUDA, operators on a CPU, in one step;
+    `products` is the share of their time that matrix products take. `state_bytes` stay between steps, `workspace_bytes` are the most
+    a step holds on top.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Timing(Record):
     first_step_seconds: float = 0.0
     milliseconds: tuple[float, ...] = ()
     host_milliseconds: tuple[float, ...] = ()
+    processor_milliseconds: tuple[float, ...] = ()
     floor: float | None = None
     launches: int = 0
     products: float = 0.0
@@ -159,6 +161,7 @@ def _cells(timing: Timing, reference: Timing | None, errors: dict[str, Error]) -
         timing.products_in,
         f"{timing.median:.4g}",
         f"{low:.4g}-{high:.4g}",
+        f"{median(timing.processor_milliseconds or timing.host_milliseconds):.4g}",
         faster,
         f"{timing.floor / timing.median:.0%}" if timing.floor else "",
         str(timing.launches or ""),
@@ -180,10 +183,11 @@ def _accuracy(errors: dict[str, Error]) -> tuple[str, str, str]:
 
 
 EXPLAINED = """\
-vs torch: times as fast as torch.optim.Muon. of floor: the algorithm's own products and passes over memory, at the rates measured in the
-run, over the time taken. launches: kernels (CUDA) or operators (CPU) a step; products: the share of their time in matrix products. state:
-kept between steps, work: the most a step holds on top. descent: least <U,Φ>/(‖U‖₂‖Φ‖_*) over the test matrices, 1 for the exact msign;
-cosine: median to the exact image; norm: largest ‖U‖₂ over the exact one."""
+in: dtype of the matrix products. cpu ms: on a CPU the processor time of all threads, on CUDA the time until step() returned. vs torch:
+times as fast as torch.optim.Muon. of floor: the algorithm's own products and passes over memory, at the rates measured in the run, over
+the time taken. launches: kernels (CUDA) or operators (CPU) a step; products: the share of their time in matrix products. state: kept
+between steps, work: the most a step holds on top. descent: least <U,Φ>/(‖U‖₂‖Φ‖_*) over the test matrices, 1 for the exact msign; cosine:
+median to the exact image; norm: largest ‖U‖₂ over the exact one."""
 
 
 def markdown(race: Race, errors: dict[str, dict[str, Error]]) -> str:

@@ -32,6 +32,7 @@ class Runner:
         self.optimizer: Steps | None = None
         self.milliseconds: list[float] = []
         self.host: list[float] = []
+        self.processor: list[float] = []
         self.measured: dict[str, Any] = {}
 
     def start(self, sets: Sequence[list[Tensor]], warm_up: int) -> None:
@@ -66,7 +67,7 @@ class Runner:
         """One timed step. The gradients are put in place before."""
         self._load(grads)
         self._synchronize()
-        begun = time.perf_counter()
+        begun, spent = time.perf_counter(), time.process_time()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -78,6 +79,7 @@ class Runner:
         else:
             self._step()
             self.milliseconds.append(1e3 * (time.perf_counter() - begun))
+            self.processor.append(1e3 * (time.process_time() - spent))
 
     @property
     def rests(self) -> bool:
@@ -103,8 +105,9 @@ class Runner:
             why=self.why,
             floor=floor,
             products_in=dtype,
-            milliseconds=tuple(float(f"{ms:.5g}") for ms in self.milliseconds),
-            host_milliseconds=tuple(float(f"{ms:.5g}") for ms in self.host),
+            milliseconds=_rounded(self.milliseconds),
+            host_milliseconds=_rounded(self.host),
+            processor_milliseconds=_rounded(self.processor),
             **self.measured,
         )
 
@@ -147,6 +150,10 @@ class Runner:
             warnings.simplefilter("ignore")
             self._step()
         return found
+
+
+def _rounded(times: list[float]) -> tuple[float, ...]:
+    return tuple(float(f"{ms:.5g}") for ms in times)
 
 
 def _multiplies(key: str) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 ENTERED = ("ours, default", "ours, SN", "ours, default, weights apart", "AdamW, fused", "torch.optim.Muon", "muonium")
 
 
@@ -120,3 +121,13 @@ def test_the_committed_numbers_can_be_read(path):
     assert results.accuracies
     assert report(results, results.races, path)
     assert results.dump() == path.read_text()
+
+
+@pytest.mark.skipif("bench_optimizer" not in (ROOT / "README.md").read_text(), reason="the README has no such table")
+def test_the_readme_shows_the_committed_numbers(capsys):
+    import bench_optimizer
+
+    bench_optimizer.main(["--markdown", "--suite", "gpt-256", "--dtype", "fp32"])
+    table = capsys.readouterr().out.strip()
+    assert table
+    assert table in (ROOT / "README.md").read_text()
