@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from scaling import derive
 from tests.survey.cases import Case, all_cases
 from tests.survey.row import row
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    derive(torch.nn.Linear(3, 4))  # what torch imports for it is imported once, not in every process
     commit = _commit()
     rows = {(r["family"], r["name"]): r for r in (json.loads(options.results.read_text())["models"] if options.results.exists() else [])}
     for case in all_cases(options.zoo):

@@ -39,6 +39,8 @@ def all_cases(zoo: Path | None) -> Iterator[Case]:
 def huggingface(zoo: Path) -> Iterator[Case]:
     """The builder's list: shrunk configs, head_dim fixed and heads growing with k."""
     sys.path.insert(0, str(zoo))
+    import transformers.generation
+    import transformers.modeling_utils  # noqa: F401 - once, not in the process of every model
     import zoo_hf
 
     for name, entry in json.loads((zoo / "models.json").read_text()).items():
