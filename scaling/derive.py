@@ -13,7 +13,7 @@ from torch import nn
 from scaling.capture import Recording, record, unwrap
 from scaling.contractions import folded
 from scaling.depth import alpha_of, deepen
-from scaling.errors import CaptureFailed, GraphsDiffer, ScalingError
+from scaling.errors import CannotMakeInputs, CaptureFailed, GraphsDiffer, ScalingError
 from scaling.graph import LayerGraph, align
 from scaling.growth import Override, growth_of
 from scaling.huggingface import at_twice_the_width
@@ -135,7 +135,7 @@ def _graph(
     if twin is not None:
         try:
             return align([own, _recorded(twin, args, kwargs, None)], ["the model", "its config at twice the width"]), ()
-        except (CaptureFailed, GraphsDiffer) as error:
+        except (CannotMakeInputs, CaptureFailed, GraphsDiffer) as error:
             note = f"the model's config at twice the width did not tell what grows, so it is guessed: {error}"
             return align([own], ["the model"]), (note,)
     return align([own], ["the model"]), ()

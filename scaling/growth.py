@@ -256,7 +256,7 @@ def _single(atom: Atom, hub: int) -> tuple[bool, str]:
         if fact in atom.facts:
             return False, reason
     if _leaves_only(atom):
-        return False, LEAVES_ONLY
+        return (True, "it leaves the model, as long as what grows") if atom.size[0] == hub else (False, LEAVES_ONLY)
     if "constant" in atom.facts and "emitted" not in atom.facts:
         return False, "of features that no weight makes"
     if atom.size[0] * FAR_SMALLER <= hub:

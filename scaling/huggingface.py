@@ -1,7 +1,8 @@
 """What the interface of a Hugging Face model tells: itself at another width, and inputs on which it runs.
 
 The names of config fields and of forward's parameters are Hugging Face's documented interface. At twice the width every width and head
-count is doubled; head_dim, vocabularies, positions, kernels and ranks that are not listed stay.
+count is doubled; head_dim, vocabularies, positions, kernels, the dimension that two towers are projected to and ranks that are not listed
+stay.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,11 +25,10 @@ BATCH, LENGTH = 2, 8
 WIDTH_FIELDS = re.compile(
     r"(en|de)coder_(hidden_size|hidden_dim|ffn_dim|dim|intermediate_size|feedforward_dim|in_channels)"
     r"|((linear|moe|shared|shared_expert|moe_shared|moe_shared_expert|dense|expert|mlp|ffn|dense_ffn|fusion|projector|mm|pooler|text|out|output"
-    r"|latent|attention|fpn|neck|rnn|image_text|reassemble|decoder_mlp)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
-    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|proj|projection|conv|codebook|text_embed|backbone_channel)_(dim|dims|list)"
+    r"|latent|attention|fpn|neck|rnn|reassemble|decoder_mlp|merged)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
+    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|codebook|text_embed|backbone_channel)_(dim|dims|list)"
     r"|word_embed_proj_dim|embedding_(size|dim)|embed_size|n_inner|d_ff|d_inner|d_embed|dim_feedforward|ffn_hidden_size|lru_width|num_filters"
-    r"|pooler_output_size|output_channels|decoder_channels|stem_(hidden_)?channels|classifier_proj_size|upsample_initial_channel|tdnn_dim"
-    r"|xvector_output_dim|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
+    r"|pooler_output_size|projection_size|decoder_channels|stem_hidden_channels|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
     r"|time_step_rank|neck_hidden_sizes|decoder_hidden_size"
 )
 HEAD_FIELDS = re.compile(
@@ -109,15 +110,26 @@ def _fullest_first(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[
             yield call
     present = [name for name in MODALITIES if name in names]
     main = main if main in present else next(iter(present), main)
+    cross = sizes.cross_attention and "encoder_hidden_states" in names and not decoder
+    encoded = {"encoder_hidden_states": torch.zeros(BATCH, LENGTH + 1, sizes.hidden)} if cross else {}
     for value in MODALITIES[main](sizes) if main in MODALITIES else ():
-        others = {name: next(MODALITIES[name](sizes)) for name in ("input_ids", "pixel_values") if name in names and name != main}
-        if "bbox" in names:
-            others["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
-        cross = sizes.cross_attention and "encoder_hidden_states" in names and not decoder
-        encoded = {"encoder_hidden_states": torch.zeros(BATCH, LENGTH + 1, sizes.hidden)} if cross else {}
-        for extra in (others | encoded, {**others}, {}):
-            for tokens in (decoder, {}):
-                yield {main: value, **extra, **tokens}
+        for others in (*_beside(main, names, sizes), {}):
+            for extra in (others | encoded, others) if encoded else (others,):
+                for tokens in (decoder, {}):
+                    yield {main: value, **extra, **tokens}
+
+
+def _beside(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """The other modalities that the forward takes, one kind of sound after the other."""
+    others = {name: next(MODALITIES[name](sizes)) for name in ("input_ids", "pixel_values") if name in names and name != main}
+    if "bbox" in names:
+        others["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
+    if "input_features" in names and main != "input_features":
+        for features in islice(_spectra(sizes), 2):
+            frames = torch.ones(BATCH, 3000 if 3000 in features.shape else 100, dtype=torch.long)
+            masks = {name: frames for name in ("input_features_mask", "feature_attention_mask") if name in names}
+            yield others | {"input_features": features} | masks
+    yield others
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ DATA_FIRST = {
 FACTS = {"in": "summed", "lookup": "looked_up", "out": "emitted"}
 """What a weight's use tells of the dimension of one of its axes."""
 
+CATS = {"aten.cat", "aten.concat", "aten.concatenate"}
+
 
 @dataclass(frozen=True)
 class Span:
@@ -154,6 +156,11 @@ def _mark(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node, bound: tu
                     sums = sums or (label.name in elsewhere and axes.resolve(dim) != ())
                     if label.name not in elsewhere:
                         axes.mark(dim, "kernel")
+    if call.name in CATS:  # learned tokens before those of an input: their number is one of tokens
+        which = (call.get("dim") or 0) % len(axes.dims[operand])
+        beside = [axes.dims[n][which] for n in call.tensors if n is not None and n in graph.data and axes.dims.get(n)]
+        if any("input" in atom.facts for dim in beside for atom in axes.leaves(dim)):
+            axes.mark(axes.dims[operand][which], "input")
     for dim, part in _labelled(graph, call, operand, axes, bound):
         if part == "copy" and sums and len(axes.dims[operand]) > 2:
             axes.mark(dim, "bank")

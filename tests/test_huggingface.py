@@ -1,6 +1,7 @@
 """Hugging Face models need no inputs, and their own config says what grows."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -62,9 +63,31 @@ def test_a_decoder_with_cross_attention_gets_something_to_attend_to():
     assert table["model.decoder.layers.0.encoder_attn.k_proj.weight"].role == "hidden"
 
 
+def test_what_two_towers_are_projected_to_does_not_grow():
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 24}
+    table = derive(CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=31, eos_token_id=2, **small)))
+    assert table["text_projection.weight"].role == "output"
+
+
 def test_packed_patches_come_with_their_grid():
     with torch.device("meta"):
         model = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel._from_config(
             transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(depth=1, embed_dim=32, num_heads=2, hidden_size=32)
         )
     assert not derive(model).coverage.unreached
+
+
+def test_a_config_that_does_not_scale_to_a_model_that_runs_leaves_a_guess_and_says_so(monkeypatch):
+    from transformers import BertConfig, BertModel
+
+    class Broken(torch.nn.Module):
+        def forward(self, input_ids):
+            raise RuntimeError
+
+    model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=31))
+    monkeypatch.setattr(importlib.import_module("scaling.derive"), "at_twice_the_width", lambda model: Broken())
+    table = derive(model)
+    assert "guessed" in table.notes[0]
+    assert not any(c.known for c in table.classes)

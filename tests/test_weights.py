@@ -519,3 +519,46 @@ class HeadsAsAnAxis(nn.Module):
 def test_heads_that_are_an_axis_of_their_own_grow_and_their_size_does_not():
     table = derive(HeadsAsAnAxis(64, 4), torch.zeros(2, 6, dtype=torch.long))
     assert [dim.has(table.width) for dim in table["kernel"].dims] == [True, True, False]
+
+
+class Pooled(nn.Module):
+    """An encoder that returns a pooled vector as long as its stream, and has positions that are interpolated to the grid of the image."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.patches, self.positions = nn.Conv2d(3, d, 4, 4), nn.Parameter(torch.zeros(36, d))
+        self.mid, self.back, self.pool = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.Linear(d, d)
+
+    def forward(self, images):
+        x = self.patches(images)
+        grid = torch.zeros(len(x), *x.shape[2:], 2)
+        table = self.positions.unflatten(0, (6, 6)).permute(2, 0, 1).expand(len(x), -1, -1, -1)
+        x = (x + F.grid_sample(table, grid, align_corners=False)).flatten(2).mT
+        return self.pool((x + self.back(self.mid(x).relu())).mean(1)).tanh()
+
+
+def test_an_output_as_long_as_the_stream_grows_and_a_sampled_grid_of_positions_does_not():
+    table = derive(Pooled(32), torch.zeros(2, 3, 32, 32))
+    assert table["pool.weight"].role == "hidden"
+    assert [dim.has(table.width) for dim in table["positions"].dims] == [False, True]
+
+
+class LearnedTokens(nn.Module):
+    """Learned tokens go before the patches, and a matrix mixes them (GroupViT)."""
+
+    def __init__(self, d, count=64):
+        super().__init__()
+        self.count = count
+        self.patches, self.tokens = nn.Conv2d(3, d, 4, 4), nn.Parameter(torch.zeros(1, count, d))
+        self.mid, self.mix, self.head = nn.Linear(d, d), nn.Linear(count, count), nn.Linear(d, 5)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).mT
+        x = self.mid(torch.cat([self.tokens.expand(len(x), -1, -1), x], 1))[:, : self.count]
+        return self.head(self.mix(x.mT).mean(-1))
+
+
+def test_the_number_of_learned_tokens_does_not_grow():
+    table = derive(LearnedTokens(64), torch.zeros(2, 3, 32, 32))
+    assert [dim.has(table.width) for dim in table["tokens"].dims] == [False, False, True]
+    assert not table["mix.weight"].dims[1].has(table.width)
