@@ -22,7 +22,7 @@ from scaling.inputs import made_up
 from scaling.kept import random_states_kept
 from scaling.records import Coverage, ScalingTable, Trace
 from scaling.rules import rules_of
-from scaling.scales import scales_of
+from scaling.scales import few_normalized, grown_outputs, scales_of
 from scaling.uses import joined_axes, uses_of
 
 __all__ = ["derive"]
@@ -86,6 +86,7 @@ def derive(
     contractions, folds = folded(graph, growth, dots, scales.at)
     deep = None if depth is False else deepen(graph, uses, alpha_of(depth), models[0])
     rules = rules_of(graph, uses, growth, [*folds, *scales.folds, *(deep.folds if deep else ())], scales.at)
+    notes += few_normalized(graph, growth, uses, rules)
     if deep is not None:
         rules = [deep.rule(rule) for rule in rules]
         notes += (*deep.residual.notes, *init_only_note(models[0], deep.residual, rules, growth.size))
@@ -95,7 +96,7 @@ def derive(
         size=growth.size,
         rules=tuple(dict.fromkeys(reached[name] for name in names if name in reached)),
         classes=growth.classes,
-        contractions=tuple(contractions),
+        contractions=(*contractions, *grown_outputs(graph, scales)),
         coverage=Coverage(
             trainable=len(names),
             reached=sum(name in reached for name in names),

@@ -332,6 +332,8 @@ class AxisClass(Record):
 class Contraction(Record):
     """A product of two activations summed over a growing axis (q·k): it needs the factor 1/`dim`, of which `present` is in the model.
 
+    So does an output that is a sum over the width with no map after it; `dim` is then how large it is.
+
     `folded`: the weights that carry the rest, or () where nothing could.
     """
 

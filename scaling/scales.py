@@ -19,9 +19,10 @@ from scaling.graph import Call, LayerGraph
 from scaling.growth import Growth
 from scaling.limits import WIDTH, exponent
 from scaling.operators import rule_of
+from scaling.records import Contraction, WeightRule
 from scaling.uses import Dot, WeightUse
 
-__all__ = ["Scales", "scales_of"]
+__all__ = ["Scales", "few_normalized", "grown_outputs", "scales_of"]
 
 ONE = sympy.Integer(1)
 
@@ -204,3 +205,52 @@ SIZES: dict[str, Rule] = {
     "aten.pow": _to_the,
 }
 """Operator -> the size of its value from the sizes of its inputs."""
+
+
+# what nothing makes up for
+
+
+def grown_outputs(graph: LayerGraph, scales: Scales) -> list[Contraction]:
+    """Outputs that are sums over the width (of features, of squared distances), with no map after them to make up for it (THEORY P58)."""
+    found = []
+    for node in graph.outputs:
+        size = scales.at(node)
+        if exponent(size) <= 0:
+            continue
+        while True:  # the operator that made it so large
+            call = graph.calls[node]
+            below = [n for n in call.tensors if n is not None and scales.at(n) == scales.at(node)]
+            if not below:
+                break
+            node = below[0]
+        found.append(Contraction(operator=call.name, source=call.source, dim=size, present=ONE, folded=()))
+    return found
+
+
+# norms over few coordinates
+
+NORMS = {"aten.layer_norm", "aten.rms_norm", "aten.rsqrt"}
+"""Operators that divide by a size: the fused ones, and what a norm that is written out ends in."""
+
+
+def few_normalized(graph: LayerGraph, growth: Growth, uses: list[WeightUse], rules: list[WeightRule]) -> tuple[str, ...]:
+    """Notes on norms over coordinates that do not grow, of what a sum over the width made: no rule helps them.
+
+    At init such a sum is 1/√d of what it becomes, and a norm divides the gradient by what it is: upstream it is √d too large
+    (THEORY P22; the norm of a latent of fixed rank, of the keys of a fixed number of heads).
+    """
+    sums = {name for rule in rules for name in rule.names if any(exponent(block.fan_in) > 0 for block in rule.blocks)}
+    grown = {use.call.node for use in uses if sums & set(use.weight.names) and any(s.part == "in" for axis in use.spans for s in axis)}
+    found: dict[str, None] = {}
+    for call in graph.calls.values():
+        source = call.tensors[0] if call.name in NORMS and call.tensors else None
+        while source in graph.data and source not in grown and graph.calls[source].tensors:
+            source = graph.calls[source].tensors[0]
+        if source is None or source not in grown or any(growth.grows(dim) for dim in growth.axes.dims.get(source, ())):
+            continue
+        maker = f" ({graph.calls[source].source.module})" if graph.calls[source].source.module else ""
+        found[
+            f"the norm at {call.source} is over a fixed number of coordinates, each a sum over the width{maker}: at init it hands back a "
+            "gradient √d larger than without it, which no rule mends; normalize before the map, or let the number of its outputs grow"
+        ] = None
+    return tuple(found)

@@ -96,7 +96,7 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
             for weight in weights:
                 uses += [_use(graph, axes, call, path) for path in graph.made_of(weight).values()]
                 _mark(graph, axes, call, weight, bound)
-            dots += _dots(graph, call, bound)
+            dots += _dots(graph, axes, call, bound)
     for dot in dots:
         axes.mark(dot.dim, "dot")
     return _with_a_gradient(graph, uses), [dot for dot in dots if dot.call.node in graph.live]
@@ -221,7 +221,9 @@ def _used_range(axes: Axes, dim: Dim, parts: dict[int, str]) -> tuple[tuple[Size
     return (axes.zero, axes.size(dim)), tuple(resolved)
 
 
-def _dots(graph: LayerGraph, call: Call, bound: tuple | None) -> Iterator[Dot]:
+def _dots(graph: LayerGraph, axes: Axes, call: Call, bound: tuple | None) -> Iterator[Dot]:
+    if call.name == "aten.sum":
+        yield from _summed_product(graph, axes, call)
     if bound is None:
         return
     bindings, signature, _ = bound
@@ -235,6 +237,23 @@ def _dots(graph: LayerGraph, call: Call, bound: tuple | None) -> Iterator[Dot]:
                     is_keys = call.name == "aten.scaled_dot_product_attention" and label.name != "e"
                     if label.name in letters and label.name not in output and not label.name.startswith(("*", "_")) and not is_keys:
                         yield Dot(call=call, dim=dim, left=left.node, right=right.node)
+
+
+def _summed_product(graph: LayerGraph, axes: Axes, call: Call) -> Iterator[Dot]:
+    """(a * b).sum(dim) is a·b, where both have the axis and neither is the other: a sum of squares is a norm's."""
+    product = call.tensors[0]
+    if product is None or product not in graph.data or graph.calls[product].name not in {"aten.mul", "aten.multiply"}:
+        return
+    factors = [n for n in graph.calls[product].tensors if n is not None and n in graph.data]
+    if len(factors) != 2 or factors[0] is factors[1]:
+        return
+    left, right = factors
+    dims, which = axes.dims.get(product, ()), call.get("dim")
+    for i in range(len(dims)) if which in (None, []) else [which] if isinstance(which, int) else which:
+        back = i % len(dims) - len(dims)
+        shapes = [n.meta["val"].shape for n in (product, left, right)]
+        if all(len(shape) >= -back and shape[back] == shapes[0][back] for shape in shapes):
+            yield Dot(call=call, dim=dims[i], left=left, right=right)
 
 
 def is_linear(call: Call) -> bool:

@@ -210,7 +210,7 @@ class Verdict(Record):
                 rf"\texttt{{{_words(weight)}}}: " + "; ".join(map(_latex, group)) + "." for weight, group in _by_weight(self.obligations)
             ),
         ]
-        return "\n".join([*out, *([rf"{_words(self.concludes)}. \hfill$\Box$"] if self else [])]) + "\n"
+        return "\n".join([*out, *([rf"{_words(self.concludes)}. \hfill\rule{{1.2ex}}{{1.2ex}}"] if self else [])]) + "\n"
 
     def to_json(self, indent: int | None = 2) -> str:
         """The verdict as JSON; `from_json` gives back an equal one."""
@@ -242,14 +242,14 @@ class Verdict(Record):
 def _departure(one: Departure) -> list[str]:
     """Its headline, its path with the sizes along it, its cure."""
     cure = [f"  cure: {one.cure}"] if one.cure else []
-    return [_sentence(one.headline), *(f"  {_step(step)}" for step in one.path), *cure]
+    return [_sentence(one.headline), f"  {SIZES[:1].lower()}{SIZES[1:]}:", *(f"  {_step(step)}" for step in one.path), *cure]
 
 
 def _step(step: Step) -> str:
     return f"{step.where}  {step.name}  ({step.sizes})  {step.source.code}"
 
 
-SIZES = "The path to it, with the size of each value at init and of its change"
+SIZES = "The path to it, with the size of each value (at init, of its change)"
 
 SHOWN = 4  # weights of one fault that are named before "and 9 more"
 
@@ -292,7 +292,7 @@ def _latex(one: Obligation) -> str:
 
 
 def _items(lines: Iterable[str]) -> list[str]:
-    return [r"\begin{itemize}", *(rf"\item{{}} {line}" for line in lines), r"\end{itemize}"]
+    return [r"\begin{itemize}\raggedright", *(rf"\item{{}} {line}" for line in lines), r"\end{itemize}"]
 
 
 _EXTRA = {"≍": r"$\asymp$", "Δ": r"$\Delta$", "₂": "$_2$", "₁": "$_1$", "≈": r"$\approx$", "⁻": "$^-$", "✓": "", "✗": ""}

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import models
 import pytest
@@ -62,6 +64,7 @@ def test_a_readout_without_its_multiplier_is_the_first_value_to_blow_up_with_its
         f"lm_head.weight: readout multiplier 1/d missing: logits grow as d^(1/2) at init and grow as d after one step, models.py:{here}"
     )
     assert f"First to blow up, at init: linear in lm_head, models.py:{here}, of order √d, should be 1/√d" in str(verdict)
+    assert "the path to it, with the size of each value (at init, of its change):" in str(verdict)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +188,19 @@ def test_the_latex_is_balanced_and_every_formula_of_it_is_set_by_matplotlib(gpt,
     assert not environments
     formulas = re.findall(r"(?<!\\)\$(.*?)(?<!\\)\$", text)
     parser = MathTextParser("path")
-    for formula in sorted(set(formulas) - {r"\Box", r"\surd"}):
+    for formula in sorted(set(formulas) - {r"\surd"}):
         parser.parse(f"${formula.replace(chr(92) + ',', '')}$")
     assert len(formulas) > 20
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+@pytest.mark.parametrize("name", [*FAILED, "proven"])
+def test_base_latex_without_a_package_sets_it(gpt, name, tmp_path):
+    text = (FAILED.get(name) or verify)(gpt).to_latex()
+    (tmp_path / "proof.tex").write_text(f"\\documentclass{{article}}\n\\begin{{document}}\n{text}\\end{{document}}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "proof.tex"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
+    assert ran.returncode == 0, ran.stdout[-2000:]
 
 
 def test_the_path_follows_the_residual_stream_and_lines_of_repeated_blocks_come_once():

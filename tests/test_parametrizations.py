@@ -87,6 +87,40 @@ def test_a_block_has_the_exponents_of_the_width_rows(row):
                 assert one.exponent(quantity) == R(row[column]), column
 
 
+# THEORY 2.5, oracle finite_gpt2: the finite forms of a GPT-2 block and of a convolution, all sizes symbols.
+FINITE = """
+       Fin      Fout m    sigma                                      adam          sgd            msign                eps
+W_q    d        H*h  1    Min(1,sqrt(H*h/d))/sqrt(d)                 1/d           H*h/d          sqrt(H*h/d)          1/(H*h)
+W_o    H*h      d    1    Min(1,sqrt(d/(H*h)))/sqrt(H*h)             1/(H*h)       d/(H*h)        sqrt(d/(H*h))        1/d
+W_up   d        f    1    Min(1,sqrt(f/d))/sqrt(d)                   1/d           f/d            sqrt(f/d)            1/f
+W_down f        d    1    Min(1,sqrt(d/f))/sqrt(f)                   1/f           d/f            sqrt(d/f)            1/d
+wte    1        d    1    1                                          1             d              sqrt(d)              1/d
+head_A d        V    1    Min(1,sqrt(V/d))/sqrt(d)                   1/d           V/d            sqrt(V/d)            1/V
+head_B d        V    1/d  sqrt(d)*Min(1,sqrt(V/d))                   1             V*d            sqrt(V*d)            1/(d*V)
+conv   C0*k**2  C1   1    Min(1,sqrt(C1/(C0*k**2)))/sqrt(C0*k**2)    1/(C0*k**2)   C1/(C0*k**2)   sqrt(C1/(C0*k**2))   1/C1
+ln_gain 1       d    1    -                                          1             d              -                    1/d
+"""
+LETTERS = ("d", "H", "h", "f", "V", "C0", "C1", "k")
+SIZES = [dict(zip(LETTERS, sizes, strict=True)) for sizes in ((64, 4, 8, 256, 61, 3, 64, 3), (9, 2, 50, 8, 100, 16, 9, 2))]
+
+
+@pytest.mark.parametrize("line", FINITE.strip("\n").splitlines()[1:], ids=lambda line: line.split()[0])
+def test_a_block_has_the_finite_forms_of_gpt2(line):
+    name, fan_in, fan_out, m, sigma, *rates = line.split()
+    sizes = {letter: sympy.Symbol(letter, positive=True) for letter in LETTERS}
+    read = lambda text: sympy.sympify(text, locals=sizes)  # noqa: E731
+    one = Block(fan_in=read(fan_in), fan_out=read(fan_out), multiplier=read(m), axes=())
+    if name == "ln_gain":
+        one = Block(fan_in=1, fan_out=1, copies=read(fan_out), axes=())
+    found = [one.lr["adam"], one.lr["sgd"], one.lr["muon"], one.eps]
+    for value, text in zip(found, rates, strict=True):
+        assert text == "-" or sympy.simplify(value / read(text)) == 1, text
+    if sigma != "-":
+        for at in SIZES:  # Min of roots and root of a Min: the same at sizes on either side
+            given = {sizes[key]: sympy.Integer(size) for key, size in at.items()}
+            assert sympy.simplify(one.init_std.subs(given) - read(sigma).subs(given)) == 0
+
+
 # Yang et al. 2022, arXiv 2203.03466, tables 3, 8, 9 (SP: their grey values); uMP: Blake et al. 2024, arXiv 2407.17465, its muP-equivalent
 # version. Powers of d of multiplier, init variance, SGD lr, Adam lr.
 TP5_TABLES = """
