@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from compiler.shards import local
 
-__all__ = ["Ready", "groups_of", "on_device", "over_any", "read", "watched"]
+__all__ = ["Ready", "groups_of", "over_any", "read", "watched"]
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Ready:
         number: of its group.
         name, W, group: its own.
         limit: the largest entry of a gradient that spoils no buffer.
+        unread: whether the host may not ask what becomes of it in a step.
         good: None where the host knows that the weight is updated; else a flag on the device.
         idle: whether only its state is made.
         state: of the optimizer.
@@ -40,6 +41,7 @@ class Ready:
     W: Tensor
     group: dict[str, Any]
     limit: float
+    unread: bool
     good: Tensor | None = None
     idle: bool = False
     state: dict[str, Any] = field(default_factory=dict)
@@ -49,11 +51,6 @@ class Ready:
     def gradient(self) -> Tensor | None:
         """What this rank has of it."""
         return None if self.W.grad is None else local(self.W.grad)
-
-
-def on_device(entry: Ready) -> bool:
-    """Whether the host may not ask what becomes of a weight in a step."""
-    return entry.group["capturable"] or entry.W.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def read(entries: list[Ready]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compiler.errors import BadOption
 
-__all__ = ["advance_", "apply_", "symmetric"]
+__all__ = ["advance_", "apply_", "runs_triton", "symmetric"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -42,7 +42,8 @@ def _triton() -> ModuleType | None:
     return triton_kernels
 
 
-def _runs_triton(*tensors: Tensor) -> ModuleType | None:
+def runs_triton(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels if they can take these tensors."""
     here = all(T.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" for T in tensors)
     return _triton() if here and all(T.dtype in DTYPES for T in tensors) else None
 
@@ -77,7 +78,7 @@ def symmetric(
     """
     out = A.new_empty(*A.shape[:2], A.size(1)) if out is None else out
     B = A if B is None else B
-    kernels = _runs_triton(A)
+    kernels = runs_triton(A)
     if kernels is not None and (not A.is_cuda or _tiles(A) >= FEWEST_TILES):
         C, D = (None if T is None else T if T.stride(2) == 1 else T.contiguous() for T in (C, D))
         scalars: list[float | Tensor] = [x.float() if isinstance(x, Tensor) else float(x) for x in (alpha, beta, delta, gamma)]
@@ -141,7 +142,7 @@ def advance_(
     Returns:
         Σ out² of each matrix, from its entries as rounded; and the largest |B|, or |G| without buffers, of each. Both (W,), fp32.
     """
-    kernels = _runs_triton(out, *grads)
+    kernels = runs_triton(out, *grads)
     if kernels is not None:
         half = exponent // 2
         factors = torch.stack([torch.exp2(-half.float()), torch.exp2((half - exponent).float())], 1)
@@ -175,7 +176,7 @@ def apply_(weights: Sequence[Tensor], U: Tensor, *, scale: float | Tensor, decay
         finite: shape (W,), bool.
     """
     scale, decay = (_per_matrix(x, U) for x in (scale, decay))
-    kernels = _runs_triton(U, *weights)
+    kernels = runs_triton(U, *weights)
     if kernels is not None:
         kernels.apply_(_addresses(weights), weights[0], U, scale, decay, finite)
         return

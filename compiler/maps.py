@@ -13,7 +13,7 @@ from compiler.msign import msign, power_of_two
 from compiler.norms import VECTORS, ritz, spectral_normalize, svc
 from compiler.pieces import keep_
 
-__all__ = ["MAPS", "Mappable", "chunks", "empty_basis", "keeps_vectors", "mapped", "peak"]
+__all__ = ["MAPS", "Mappable", "chunks", "empty_basis", "keeps_vectors", "map_batch", "mapped", "peak"]
 
 
 class Mappable(Protocol):
@@ -96,8 +96,13 @@ def chunks(pieces: Sequence[M]) -> Iterator[list[M]]:
 def mapped(chunk: Sequence[Mappable], stacks: Sequence[Tensor]) -> list[Tensor]:
     """The update U of every piece of a chunk, as (copies, out, in), from Φ in that shape."""
     stack = torch.cat([(stack.mT if _tall(piece) else stack).to(piece.working) for piece, stack in zip(chunk, stacks, strict=True)])
-    updates = MAPS[chunk[0].o["map"]](stack, chunk).split([piece.sizes[0] for piece in chunk])
+    updates = map_batch(stack, chunk).split([piece.sizes[0] for piece in chunk])
     return [U.mT if _tall(piece) else U for piece, U in zip(chunk, updates, strict=True)]
+
+
+def map_batch(stack: Tensor, pieces: Sequence[Mappable]) -> Tensor:
+    """U of a batch (B, m, n), m ≤ n, of the matrices of these pieces."""
+    return MAPS[pieces[0].o["map"]](stack, pieces)
 
 
 def keeps_vectors(o: dict[str, Any]) -> bool:

@@ -17,7 +17,8 @@ from compiler.blocks import block_view, covers, matrices, plain
 from compiler.distributed import Plan, Weight
 from compiler.errors import BadGradient, NotReady
 from compiler.exchange import Traffic
-from compiler.gradients import Ready, on_device, over_any, read, watched
+from compiler.fused import Bounds, fits, update_
+from compiler.gradients import Ready, over_any, read, watched
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
 from compiler.options import NEW_OPTIONS, check_group
 from compiler.pieces import Lane, Piece, advance, directions, lanes, subtract_, write_
@@ -112,6 +113,7 @@ class SpectralOptimizer(Optimizer):
     process_group: ProcessGroup | None
     _plan: Plan | None
     _skips: dict[int, Any]
+    _bounds: Bounds
 
     def __init__(
         self,
@@ -152,13 +154,14 @@ class SpectralOptimizer(Optimizer):
             "master": master,
             "workspace": workspace,
         }
-        self.traffic, self._skips = Traffic(), {}
+        self.traffic, self._skips, self._bounds = Traffic(), {}, {}
         self.process_group, self._plan = process_group, None
         super().__init__(params, {"lr": lr, **NEW_OPTIONS, **given})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("traffic", Traffic())
+        self._bounds = {}
         for name, empty in (("_skips", {}), ("process_group", None), ("_plan", None)):
             self.__dict__.setdefault(name, empty)
         for name, default in NEW_OPTIONS.items():
@@ -219,7 +222,10 @@ class SpectralOptimizer(Optimizer):
                 alone.append(piece)
             else:
                 shared.setdefault(piece.unit, []).append(piece)
-        for chunk in chunks(alone):
+        at_once = [fits(piece) for piece in alone]
+        for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if fit]):
+            update_(chunk, self._bounds)
+        for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if not fit]):
             if chunk[0].o["map"] is None:
                 for members in lanes(chunk):
                     write_(members, advance(members))
@@ -248,7 +254,7 @@ class SpectralOptimizer(Optimizer):
 
     def _entries(self) -> list[Ready]:
         """All weights."""
-        entries = []
+        entries, compiling = [], torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
             limits: dict[torch.dtype, float] = {}
@@ -256,7 +262,8 @@ class SpectralOptimizer(Optimizer):
                 dtype = _dtype(W, group)
                 if dtype not in limits:
                     limits[dtype] = min(largest_gradient({**group, **block}, dtype) for block in group["blocks"] or ({},))
-                entries.append(Ready(len(entries), number, name, W, group, limits[dtype]))
+                unread = group["capturable"] or compiling or W.device.type != "cpu"
+                entries.append(Ready(len(entries), number, name, W, group, limits[dtype], unread))
         return entries
 
     def _ready(self, plan: Plan | None) -> list[Ready]:
@@ -266,10 +273,10 @@ class SpectralOptimizer(Optimizer):
             raise BadGradient(sparse, "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
         if astray := [entry.name for entry in entries if entry.W.grad is not None and placements(entry.W.grad) != placements(entry.W)]:
             raise BadGradient(astray, "over ranks placed unlike its weight:", "redistribute the gradient to its weight's placements")
-        by_host = [entry for entry in entries if not on_device(entry)]
+        by_host = [entry for entry in entries if not entry.unread]
         by_device: dict[torch.device, list[Ready]] = {}
         for entry in entries:
-            if on_device(entry) and (entry.W.grad is not None or (plan is not None and entry.W.requires_grad)):
+            if entry.unread and (entry.W.grad is not None or (plan is not None and entry.W.requires_grad)):
                 by_device.setdefault(entry.W.device, []).append(entry)
         sides = [(members, watched(members)) for members in by_device.values()]
         if by_host:
@@ -279,7 +286,7 @@ class SpectralOptimizer(Optimizer):
         self._raise_spoilt(sides)
         ready = []
         for members, flags in sides:
-            ready += self._good(members, flags) if on_device(members[0]) else self._known(members, flags)
+            ready += self._good(members, flags) if members[0].unread else self._known(members, flags)
         return ready
 
     def _raise_spoilt(self, sides: list[tuple[list[Ready], Tensor]]) -> None:
@@ -320,7 +327,7 @@ class SpectralOptimizer(Optimizer):
         """The parts of the weights that are updated here, lane by lane, with their state."""
         alike: dict[tuple[Any, ...], list[Ready]] = {}
         for entry in ready:
-            alike.setdefault((entry.number, entry.W.device, on_device(entry)), []).append(entry)
+            alike.setdefault((entry.number, entry.W.device, entry.unread), []).append(entry)
         for key, entries in alike.items():
             group = entries[0].group
             blocks = [{**group, **block} for block in group["blocks"] or ({},)]
@@ -373,14 +380,15 @@ class SpectralOptimizer(Optimizer):
         for entry in entries:
             W, state = entry.W, self.state[entry.W]
             entry.state, entry.warm = state, state.get(LOOKS, 0) >= WARM
-            dtypes = dict.fromkeys(names, _dtype(W, entry.group)) | ({LOW: torch.int16} if _kept(W, entry.group) else {})
-            for name, dtype in dtypes.items():
+            wanted = [*names, LOW] if _kept(W, entry.group) else names
+            for name in wanted:
                 if name not in state:
                     _refuse_capture()
+                    dtype = torch.int16 if name == LOW else _dtype(W, entry.group)
                     state[name] = torch.zeros_like(W, dtype=dtype, memory_format=torch.preserve_format)
-            device = W.device if on_device(entry) else torch.device("cpu")
-            if counts and ("step" not in state or state["step"].device != device):
+            if counts and ("step" not in state or (entry.unread and state["step"].device != W.device)):
                 _refuse_capture()
+                device = W.device if entry.unread else torch.device("cpu")
                 state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
 
     def _steps(self, entries: list[Ready]) -> list[Any]:
@@ -399,7 +407,7 @@ def _number(entry: Ready, value: float | Tensor) -> float | Tensor:
     """A number the host may know, or a 0-d tensor it may not read."""
     if not isinstance(value, Tensor):
         return value
-    readable = not on_device(entry) or (value.device.type == "cpu" and not entry.group["capturable"] and not torch.compiler.is_compiling())
+    readable = not entry.unread or (value.device.type == "cpu" and entry.W.device.type != "cpu" and not entry.group["capturable"])
     return value.item() if readable else value.reshape(())
 
 

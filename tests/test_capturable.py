@@ -1,6 +1,11 @@
 """step() as the device sees it: the host reads nothing, a spoilt weight keeps every bit, a CUDA graph replays it."""
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +166,15 @@ def test_a_state_dict_continues_bit_for_bit():
         set_gradients(W, step), set_gradients(V, step)
         optimizer.step(), resumed.step()
     assert all(torch.equal(w, v) for w, v in zip(W, V, strict=True))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton does not come with this torch")
+def test_a_step_through_the_kernels_is_the_step_through_torch():
+    here = Path(__file__).parent
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{here.parent}"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(here / "interpreted_step.py")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=here.parent, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 # --- on CUDA ------------------------------------------------------------------------------------------------------------------

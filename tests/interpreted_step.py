@@ -1,0 +1,58 @@
+"""Run by test_capturable.py with TRITON_INTERPRET=1: a step through the kernels is the step through torch."""
+
+import pytest
+import torch
+from test_capturable import model, optimizer_of, set_gradients
+
+from compiler import optimizer as module
+from compiler.fused import fits, update_
+
+CASES = [
+    ("momentum", "msign", float, torch.float32),
+    ("nesterov", "sn", torch.tensor, torch.float32),
+    ("nesterov", "msign", torch.tensor, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("update", "map", "number", "dtype"), CASES)
+def test_a_step_through_the_kernels_is_the_step_through_torch(update, map, number, dtype, monkeypatch):
+    """Gradients grow by fifteen orders a step; one is spoilt; tall, wide and fused weights."""
+    W, V = model(dtype=dtype), model(dtype=dtype)
+    a, b = (optimizer_of(X, number(0.1), update=update, map=map) for X in (W, V))
+    through = []
+    for step in range(3):
+        for X in (W, V):
+            set_gradients(X, step)
+            for w in X:
+                w.grad.mul_(10.0 ** (15 * step - 15))
+        if step == 1:
+            W[1].grad[0, 0] = V[1].grad[0, 0] = torch.nan
+        monkeypatch.setattr(module, "fits", fits)
+        monkeypatch.setattr(module, "update_", lambda chunk, bounds: (through.extend(chunk), update_(chunk, bounds)))
+        a.step()
+        monkeypatch.setattr(module, "fits", lambda piece: False)
+        b.step()
+    assert len(through) == 3 * 5
+    near = 1e-6 if dtype == torch.float32 else 2**-5  # torch rounds a bf16 weight twice a step, the kernel once
+    for w, v in zip(W, V, strict=True):
+        torch.testing.assert_close(w, v, rtol=near, atol=near)
+    for w, v in zip(W[:3], V[:3], strict=True):
+        torch.testing.assert_close(a.state[w]["momentum_buffer"], b.state[v]["momentum_buffer"], rtol=near, atol=0)
+    assert a.skipped == b.skipped == {"0.1": 1}
+
+
+def test_a_checkpoint_continues_bit_for_bit():
+    """The exponents of Φ come from the momentum, whoever has measured it."""
+    W = model()
+    optimizer = optimizer_of(W)
+    set_gradients(W, 0)
+    optimizer.step()
+    V = [torch.nn.Parameter(w.detach().clone()) for w in W]
+    resumed = optimizer_of(V)
+    saved = optimizer.state_dict()
+    saved["state"] = {i: {name: value.clone() for name, value in state.items()} for i, state in saved["state"].items()}
+    resumed.load_state_dict(saved)
+    for step in range(1, 3):
+        set_gradients(W, step), set_gradients(V, step)
+        optimizer.step(), resumed.step()
+    assert all(torch.equal(w, v) for w, v in zip(W, V, strict=True))
