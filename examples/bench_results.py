@@ -129,6 +129,7 @@ HEAD = (
     "in",
     "ms a step",
     "10-90 %",
+    "cpu ms",
     "vs torch",
     "of floor",
     "launches",
