@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from compiler.blocks import block_view
 from compiler.errors import BadOption
 from compiler.optimizer import SpectralOptimizer
+from compiler.shards import local, placements, sharding_of, units_of
 
 __all__ = ["clip_grad_norm_"]
 
@@ -20,6 +25,8 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     SGD factor of the table, over its base value if there is a base. As ‖G_b‖_F follows 1/√c_b (THEORY 1.5), every term has
     exponent 0 in the width, and a change of gauge leaves it alone, where torch's norm grows with √d in the default gauge
     (THEORY P46). For one copy √c_b is ‖W‖₂ as the spectral condition wants it. Where every c_b is 1, as at base width, it is torch's.
+
+    Over ranks the norm is that of the whole gradients, the same on all; they do not travel.
 
     Args:
         optimizer: whose gradients are scaled, in place.
@@ -34,21 +41,41 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     """
     if not max_norm >= 0:
         raise BadOption("max_norm", max_norm, "a number of at least 0")
-    norms, gradients = [], []
+    parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    gradients = []
     for group in optimizer.param_groups:
-        for W in group["params"]:
-            if W.grad is None:
+        for position, W in enumerate(group["params"]):
+            summed = tuple(W.device_mesh.get_group(dim) for dim, p in enumerate(placements(W)) if p.is_shard())
+            if W.grad is None:  # here; another rank may have one, and then waits for this one
+                parts.setdefault(summed, []).append(torch.zeros((), device=W.device))
                 continue
-            gradients.append(W.grad)
+            gradients.append(local(W.grad))
             for block in group["blocks"] or ({},):
-                G = block_view(W.grad, block["axes"])[0] if block else W.grad
-                norms.append(
-                    torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32)) * {**group, **block}["norm_scale"]
-                )
-    if not norms:
-        return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+                scale = {**group, **block}["norm_scale"]
+                for G in _boxes(W, block, group.get("param_names", {position: f"number {position}"})[position]):
+                    norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
+                    parts.setdefault(summed, []).append(norm * scale)
+    totals = [torch.tensor(0.0)] if not parts else []
+    for summed, norms in parts.items():
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+        square = norm.double() ** 2
+        for ranks in summed:
+            dist.all_reduce(square, group=ranks)
+        totals.append(square.sqrt().to(norm.dtype) if summed else norm)
+    total = torch.linalg.vector_norm(torch.stack([norm.to(totals[0]) for norm in totals]))
     factor = torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1), 1)
     for G in gradients:
         G.mul_(factor.to(G.device))
     return total
+
+
+def _boxes(W: Tensor, block: dict[str, Any], name: str) -> list[Tensor]:
+    """The parts of a gradient that are of a block and here."""
+    G = local(W.grad)  # pyright: ignore[reportArgumentType]
+    if not block:
+        return [G]
+    sharding = sharding_of(name, W)
+    if sharding is None:
+        return [block_view(G, block["axes"])[0]]
+    [unit] = units_of(0, 0, block["axes"], W.shape, sharding, whole=True)
+    return [run.view(G) for run in unit.runs[sharding.rank]] or [G.new_zeros(1)]

@@ -159,6 +159,34 @@ def test_optimuon_cannot_mix_tensors_and_dtensors(tmp_path):
     over(2, plain_and_sharded_weights_together, tmp_path)
 
 
+def clipping_sees_whole_gradients():
+    qkv = [{"axes": [[[9, "out", a, a + 3]], [[10, "in", 0, 10]]], "norm_scale": scale} for a, scale in ((0, 1.0), (3, 2.0), (6, 0.5))]
+    mesh = init_device_mesh("cpu", (2,))
+    for place in (Shard(0), Shard(1), Replicate()):
+        alone, sharded = fresh(), fresh(shard=True)
+        W = nn.Parameter(torch.zeros(9, 10))
+        V = nn.Parameter(distribute_tensor(W.detach(), mesh, [place]))
+        for model, weight in ((alone, W), (sharded, V)):
+            F.cross_entropy(model(torch.arange(11)), torch.arange(11) % 3).backward()
+            G = torch.randn(9, 10, generator=torch.Generator().manual_seed(0))
+            weight.grad = distribute_tensor(G, mesh, [place]) if isinstance(weight, DTensor) else G
+        groups = [
+            [{"params": list(model.parameters()), "map": None, "norm_scale": 3.0}, {"params": [weight], "blocks": qkv}]
+            for model, weight in ((alone, W), (sharded, V))
+        ]
+        norms = [compiler.clip_grad_norm_(SpectralOptimizer(group, 0.1), 0.5) for group in groups]
+        torch.testing.assert_close(norms[1], norms[0])
+        for w, v in zip([*alone.parameters(), W], [*sharded.parameters(), V], strict=True):
+            torch.testing.assert_close(v.grad.full_tensor(), w.grad)
+    if dist.get_rank() == 0:
+        sharded.up.weight.grad = V.grad = None
+    assert compiler.clip_grad_norm_(SpectralOptimizer(groups[1], 0.1), 1.0) < norms[0]  # and no rank waits for ever
+
+
+def test_clipping_sees_whole_gradients(tmp_path):
+    over(2, clipping_sees_whole_gradients, tmp_path)
+
+
 # --- DDP ----------------------------------------------------------------------------------------------------------------------
 
 
