@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import math
 import operator
 import os
 import sys
@@ -57,6 +58,9 @@ PYTHON_VALUES = {"item": float, "_local_scalar_dense": float, "is_nonzero": bool
 
 REAL_LIMIT = 2**22
 """Elements up to which a float tensor that a factory makes is kept real (`linspace(...).tolist()` works on it)."""
+
+REAL_MOST = 2**28
+"""Elements beyond which a result on real tensors is not computed."""
 
 _TORCH = f"{Path(str(torch.__file__)).parent}{os.sep}"  # and not torchvision
 _HERE = str(Path(__file__).parent)
@@ -360,7 +364,22 @@ class _Recorder(TorchDispatchMode):
                 output = func(*args, **kwargs)
             if isinstance(output, Tensor) and _is_float(output):
                 return output
-        return func(*args, **kwargs)
+        made = self._too_large(func, args, kwargs)
+        return func(*args, **kwargs) if made is None else made
+
+    def _too_large(self, func: Any, args: tuple, kwargs: dict) -> Tensor | None:
+        """One made-up entry in the shape of a result that would not fit (a mask of all pairs of pixels)."""
+        sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if math.prod(sizes) <= REAL_MOST or func._schema.is_mutable:
+            return None
+        with self.fake:
+            output = func(*args, **kwargs)
+        if not isinstance(output, Tensor) or output.numel() <= REAL_MOST:
+            return None
+        if _is_float(output):
+            return output
+        self.state.made_up += 1
+        return torch.full((), int(self.truth), dtype=output.dtype).expand(output.shape)
 
     def _execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if _name(func) in PYTHON_VALUES:

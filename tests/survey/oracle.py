@@ -1,6 +1,6 @@
 """What is right, from shapes at several widths and the types of modules alone: nothing here knows of `scaling`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -61,15 +61,15 @@ def vector(length: Fraction) -> Exponents:
     return Exponents(init_std=Fraction(0), sgd=length, adam=Fraction(0), muon=None)
 
 
-def expected(models: Sequence[nn.Module], tied: Mapping[str, str]) -> dict[str, Exponents]:
-    """The exponents of every weight whose module's type says how it is used; `tied` maps a weight's other names to its first."""
+def expected(models: Sequence[nn.Module]) -> dict[str, Exponents]:
+    """The exponents of every weight whose module's type says how it is used, under each of its names."""
     out: dict[str, Exponents] = {}
     everything = shapes(models)
     every = [dict(model.named_modules()) for model in models]
     for path, module in every[0].items():
         for short, weight in module.named_parameters(recurse=False):
             name = f"{path}.{short}" if path else short
-            if name not in everything or name in tied:
+            if name not in everything:
                 continue
             axes = [growth(sizes) for sizes in zip(*everything[name], strict=True)]
             groups = growth([getattr(modules.get(path), "groups", 1) for modules in every])
