@@ -372,8 +372,9 @@ class _Recorder(TorchDispatchMode):
         sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if math.prod(sizes) <= REAL_MOST or func._schema.is_mutable:
             return None
+        fake_args, fake_kwargs = tree_map_only(Tensor, self.swapped.faked, (args, kwargs))
         with self.fake:
-            output = func(*args, **kwargs)
+            output = func(*fake_args, **fake_kwargs)
         if not isinstance(output, Tensor) or output.numel() <= REAL_MOST:
             return None
         if _is_float(output):
