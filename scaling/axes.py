@@ -53,8 +53,11 @@ def product(sizes: Iterable[Size], width_count: int) -> Size:
 
 
 def divides(a: Size, b: Size) -> bool:
-    """Whether a divides b at every width."""
-    return all(x != 0 and y % x == 0 for x, y in zip(a, b, strict=True))
+    """Whether a divides b at every width, and the quotient does not fall where a rises: 2048 is 32·64 at one width only."""
+    if not all(x != 0 and y % x == 0 for x, y in zip(a, b, strict=True)):
+        return False
+    ratios = _over(b, a)
+    return not any((x - a[0]) * (y - ratios[0]) < 0 for x, y in zip(a, ratios, strict=True))
 
 
 def _over(a: Size, b: Size) -> Size:

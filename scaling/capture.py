@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
@@ -373,8 +373,11 @@ class _Recorder(TorchDispatchMode):
         if math.prod(sizes) <= REAL_MOST or func._schema.is_mutable:
             return None
         fake_args, fake_kwargs = tree_map_only(Tensor, self.swapped.faked, (args, kwargs))
-        with self.fake:
-            output = func(*fake_args, **fake_kwargs)
+        try:
+            with self.fake:
+                output = func(*fake_args, **fake_kwargs)
+        except DynamicOutputShapeException:  # what a mask picks out is no larger than what it picks from
+            return None
         if not isinstance(output, Tensor) or output.numel() <= REAL_MOST:
             return None
         if _is_float(output):

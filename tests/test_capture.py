@@ -54,6 +54,7 @@ FORWARDS = {
     "a gradient in forward": (lambda m, y: _energy(m, y), (x,)),
     "boolean indexing": (lambda m, y: m.out(m.mid(m.inp(y))[y.sum(-1) >= 0]), (x,)),
     "a mask of all pairs of very many": (lambda m, y: m.out(m.mid(m.inp(y)) * (_pairs(200_000) >= 0)[0, :160]), (x,)),
+    "rows picked by a large mask": (lambda m, y: m.out(m.mid(m.inp(y)) * _picked(20_000)), (x,)),
     "a loop over rows": (lambda m, y: torch.stack([m.out(m.mid(m.inp(row))) for row in y]), (x,)),
     "top-k routing": (lambda m, y: m.out(m.mid(m.inp(y)).gather(-1, m.inp(y).topk(160).indices)), (x,)),
     "checkpointing": (lambda m, y: m.out(torch.utils.checkpoint.checkpoint(m.mid, m.inp(y), use_reentrant=False)), (x,)),
@@ -63,6 +64,11 @@ FORWARDS = {
 def _pairs(n):
     places = torch.ones(n, dtype=torch.long)
     return places[:, None] * places
+
+
+def _picked(n):
+    places = torch.arange(n)
+    return places[places > n - 161][:160]
 
 
 def _written(m, y):

@@ -562,3 +562,19 @@ def test_the_number_of_learned_tokens_does_not_grow():
     table = derive(LearnedTokens(64), torch.zeros(2, 3, 32, 32))
     assert [dim.has(table.width) for dim in table["tokens"].dims] == [False, False, True]
     assert not table["mix.weight"].dims[1].has(table.width)
+
+
+class Rows(nn.Module):
+    """Features of a fixed length cut into rows of the stream's width, which fits at one width by chance (a projector that is not one)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.first, self.last, self.head = nn.Linear(7, 2048), nn.Linear(d, d), nn.Linear(d, 5)
+
+    def forward(self, x):
+        return self.head(self.last(self.first(x).reshape(-1, self.last.in_features)))
+
+
+def test_an_axis_of_one_length_at_every_width_does_not_grow_whatever_it_is_cut_into():
+    table = derive(Rows, torch.zeros(3, 7), widths=(64, 128))
+    assert table["first.weight"].dims == (2048, 7)
