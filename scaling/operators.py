@@ -304,7 +304,7 @@ def convolution(call: Call) -> Written:
     batch = "b " if len(call.shape) == rank + 2 else ""
     grid, taps = " ".join(["_"] * rank), " ".join(f"k{i}" for i in range(rank))
     groups = tuple(call.over_widths("groups"))
-    if call.name.startswith("aten.conv_transpose"):
+    if call.name.startswith("aten.conv_transpose") or call.get("transposed"):
         return Written(f"{batch}(g i) {grid}, (g i) o {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups})
     return Written(f"{batch}(g i) {grid}, (g o) i {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups})
 
@@ -886,7 +886,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(grouped_mm, "_grouped_mm grouped_mm"),
     _signed(recurrent, "lstm gru rnn_tanh rnn_relu"),
     _signed(cell, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
-    _signed(convolution, "conv1d conv2d conv3d"),
+    _signed(convolution, "conv1d conv2d conv3d convolution"),  # the last, as native_…_norm, is what runs where autograd does
     _signed(convolution, "conv_transpose1d conv_transpose2d conv_transpose3d", thinned=strides),
     _signed(attention, "scaled_dot_product_attention"),
     # lookups
@@ -894,9 +894,9 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(bag, "embedding_bag"),
     _signed(weight_norm, "_weight_norm"),
     # gains and biases
-    _signed(layer_norm, "layer_norm rms_norm"),
-    _signed(channels, "batch_norm instance_norm"),
-    _signed(channels, "group_norm"),
+    _signed(layer_norm, "layer_norm rms_norm native_layer_norm"),
+    _signed(channels, "batch_norm instance_norm native_batch_norm"),
+    _signed(channels, "group_norm native_group_norm"),
     _signed(prelu, "prelu"),
     # regions of a map
     _signed("_ c _ _, _ _ -> r c h w", "torchvision.roi_align torchvision.roi_pool"),

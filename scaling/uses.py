@@ -16,8 +16,9 @@ __all__ = ["Dot", "Span", "WeightUse", "joined_axes", "uses_of"]
 
 DATA_FIRST = {
     *(f"aten.{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)),
-    *(f"aten.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance")),
+    *(f"aten.{kind}_norm" for kind in ("layer", "rms", "batch", "group", "instance", "native_layer", "native_batch", "native_group")),
     *(f"aten.{kind}{form}" for kind in GATES for form in ("", "_cell")),
+    "aten.convolution",
     "aten.linear",
     "aten.bilinear",
     "aten.prelu",
