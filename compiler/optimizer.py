@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from compiler.blocks import block_view, covers, matrices, plain
+from compiler.blocks import block_view, covers, matrices
 from compiler.distributed import Plan, Weight
 from compiler.errors import BadGradient, NotReady
 from compiler.exchange import Traffic
@@ -350,7 +350,7 @@ class SpectralOptimizer(Optimizer):
         state, o, here = entry.state, lane.o, local(entry.W)
         names = buffers_of(o)
         tensors = [here, G, *(local(state[name]) for name in names), *([local(state[LOW])] if LOW in state else [])]
-        axes = o.get("axes", plain(entry.W.shape) if o["map"] else ())
+        axes = o.get("axes")
 
         def piece(views: list[Tensor], sizes: tuple[int, int, int], *place: Any) -> Piece:
             low = views.pop() if LOW in state else None
@@ -365,8 +365,8 @@ class SpectralOptimizer(Optimizer):
             for unit_number, run, unit in parts:
                 yield piece([run.view(T) for T in tensors], unit.sizes, unit_number, run)
             return
-        sizes = (1, 1, here.numel())
-        if axes and (o["map"] is not None or not covers(axes, entry.W.shape)):
+        sizes = (1, here.size(0), here.size(1)) if o["map"] is not None and axes is None else (1, 1, here.numel())
+        if axes is not None and (o["map"] is not None or not covers(axes, entry.W.shape)):
             sizes = block_view(here, axes)[1]
             tensors = [block_view(T, axes)[0] for T in tensors]
         if keeps_vectors(o) and f"basis{number}" not in state:

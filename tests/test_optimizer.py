@@ -123,6 +123,18 @@ def test_sn_stays_near_one_along_a_training_run():
         assert torch.linalg.matrix_norm(W.detach() - before, 2).item() == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_sn_after_a_first_gradient_of_zeros_is_as_good_as_at_the_first(capturable):
+    """Zero-initialised projections give it to the weights before them; its vectors are of no use as a start."""
+    W = nn.Parameter(torch.zeros(300, 400))
+    optimizer = SpectralOptimizer([W], 1.0, "sgd", "sn", momentum=0.0, capturable=capturable)
+    W.grad = torch.zeros(300, 400)
+    optimizer.step()
+    W.grad = torch.randn(300, 400)
+    optimizer.step()
+    assert torch.linalg.matrix_norm(W.detach(), 2).item() == pytest.approx(1, abs=1e-3)
+
+
 def test_strict_sn_never_exceeds_one():
     W = nn.Parameter(torch.zeros(40, 60))
     W.grad = torch.randn(40, 60)
