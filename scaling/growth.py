@@ -176,7 +176,10 @@ def _known(sizes: Sequence[int], widths: Sequence[int]) -> tuple[sympy.Expr, str
     offset = sizes[0] - slope * widths[0]
     if slope != 0 and all(slope * w + offset == s for s, w in zip(sizes, widths, strict=True)) and len(sizes) > 2:
         return slope * WIDTH + offset, "affine in d at every width"
-    return _proportional(sizes[0], widths[0]), f"grows with d, rounded: {', '.join(map(str, sizes))}"
+    said = ", ".join(map(str, sizes))
+    if any((s - sizes[0]) * (w - widths[0]) < 0 or (s - sizes[-1]) * (w - widths[-1]) < 0 for s, w in zip(sizes, widths, strict=True)):
+        return sympy.Integer(sizes[0]), f"no law: {said}"
+    return _proportional(sizes[0], widths[0]), f"grows with d, rounded: {said}"
 
 
 def _proportional(size: int, width: int) -> sympy.Expr:

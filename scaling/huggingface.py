@@ -68,7 +68,7 @@ def _doubled(name: str, value: Any) -> Any:
     if not (WIDTH_FIELDS.fullmatch(name) or HEAD_FIELDS.fullmatch(name)):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        return 2 * value
+        return 2 * value if value > 1 else value  # one key for all heads stays one
     return type(value)(2 * v for v in value) if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value) else value
 
 

@@ -451,3 +451,10 @@ def test_llama_3_70b_on_the_meta_device_takes_less_than_30_seconds_and_2_gigabyt
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_a_length_that_rises_and_falls_with_the_width_is_said_to_follow_no_law():
+    table = derive(lambda width: nn.Linear(16, {32: 8, 64: 16, 96: 8}[width]), torch.zeros(2, 16), widths=(32, 64, 96))
+    (cls,) = [c for c in table.classes if c.size == 8]
+    assert not cls.grows
+    assert cls.reason == "no law: 8, 16, 8"

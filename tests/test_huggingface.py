@@ -91,3 +91,12 @@ def test_a_config_that_does_not_scale_to_a_model_that_runs_leaves_a_guess_and_sa
     table = derive(model)
     assert "guessed" in table.notes[0]
     assert not any(c.known for c in table.classes)
+
+
+def test_one_key_for_all_heads_stays_one():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=31
+    )
+    assert derive(LlamaForCausalLM(config))["model.layers.0.self_attn.k_proj.weight"].role == "output"

@@ -215,17 +215,31 @@ def _overrides(table: ScalingTable, truth: dict[str, list]) -> list[str] | None:
             for axis, dim in enumerate(of)
             if axes.resolve(dim) and growth.grows(dim) != (truth[name][axis] != 0)
         ]
-        said = [f"{option} {pattern}:{axis}" for option, of in chosen.items() for pattern, which in of.items() for axis in which]
+        said = [f"{option} {pattern}: {which}" for option, of in chosen.items() for pattern, which in of.items()]
         if not wrong:
             return said
-        pattern_of = {place: (re.sub(r"(?<![^.])\d+(?![^.])", "*", place[0].removeprefix("model.")), place[1]) for place in wrong}
-        (pattern, axis), _count = Counter(pattern_of.values()).most_common(1)[0]
-        place = next(place for place, found in pattern_of.items() if found == (pattern, axis))
-        option = "grows" if truth[place[0]][axis] != 0 else "fixed"
-        if axis in chosen[option].get(f"*{pattern}", []):
-            return [*said, f"no override helps {place[0]}:{axis}"] + ["?"] * MOST
-        chosen[option].setdefault(f"*{pattern}", []).append(axis)
+        option, pattern, which = _most(wrong, truth)
+        if set(which) <= set(chosen[option].get(pattern, [])):
+            return [*said, f"no override helps {pattern}"] + ["?"] * MOST
+        chosen[option].setdefault(pattern, []).extend(which)
     return [*said, "…"]
+
+
+def _most(wrong: list[tuple[str, int]], truth: dict[str, list]) -> tuple[str, str, list[int]]:
+    """The override that puts the most axes right: one axis of a layer that repeats, or all of a part of the model that does not grow."""
+    found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+    for name, axis in wrong:
+        layer = re.sub(r"(?<![^.])\d+(?![^.])", "*", name.removeprefix("model."))
+        found["grows" if truth[name][axis] != 0 else "fixed", f"*{layer}", (axis,)] += 1
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            part = ".".join(parts[:length]) + "."
+            inside = [axes for other, axes in truth.items() if other.startswith(part)]
+            if not any(any(axes) for axes in inside):
+                found["fixed", f"{part}*", tuple(range(max(map(len, inside))))] += 1
+                break
+    (option, pattern, which), _ = found.most_common(1)[0]
+    return option, pattern, list(which)
 
 
 # exponents
