@@ -107,7 +107,7 @@ def _families(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _success(rows: list[dict[str, Any]]) -> dict[str, Any]:
     derived = [r for r in rows if r["derived"]]
-    widths = [r for r in derived if "overrides" in r or "axes" in r]
+    widths = [r for r in derived if "axes" in r]
     axes = sum(r.get("axes", 0) for r in widths)
     return {
         "models": len(rows),

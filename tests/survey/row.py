@@ -126,6 +126,8 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     truth = {
         name: [oracle.growth(sizes) for sizes in zip(*shapes, strict=True)] for name, shapes in oracle.shapes(list(models.values())).items()
     }
+    if not any(any(axes) for axes in truth.values()):
+        return {"one_width": True}  # what the builder multiplies reaches no weight
     out: dict[str, Any] = {}
     try:
         factory = derive(
