@@ -79,8 +79,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(name, table, whole):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own, of its own
-@pytest.mark.parametrize("what", ["model", "step", "both"])
-@pytest.mark.parametrize("name", LRS)
+@pytest.mark.parametrize(("name", "what"), [*((name, "both") for name in LRS), ("muon", "model"), ("muon", "step")])
 def test_compiled_runs_are_the_same(name, what, table, whole):
     """To rounding, which training magnifies: the first losses to 1e-3, the last 20 to 2 % on average."""
     torch._dynamo.reset()
