@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from scaling import ScalingTable, derive
 from scaling.errors import ScalingError
@@ -122,7 +123,9 @@ def _without_inputs(model: nn.Module) -> tuple[str, ScalingTable | None]:
 
 
 def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingTable | None) -> dict[str, Any]:
-    models = {k: model if k == 1 else case.build(k) for k in case.multiples}
+    models = {1: model} | _built(case)
+    if len(models) == 1:
+        return {"one_width": True}
     truth = {
         name: [oracle.growth(sizes) for sizes in zip(*shapes, strict=True)] for name, shapes in oracle.shapes(list(models.values())).items()
     }
@@ -134,17 +137,18 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
             lambda d: models[d // UNIT],
             lambda d: case.inputs(models[d // UNIT])[0],
             lambda d: case.inputs(models[d // UNIT])[1],
-            widths=[UNIT * k for k in case.multiples],
+            widths=[UNIT * k for k in models],
         )
         out["axes"] = sum(len([n for n in rule.shape if n > 1]) for rule in factory)
         out["factory"] = _wrong(factory, truth) + _inexact(factory, models)
         out |= _rules(factory, list(models.values()))
     except ScalingError as error:
         out["factory"] = [_said(error)]
-    also = models[case.multiples[1]]
+    also = models[list(models)[1]]
     try:
         args, kwargs = case.inputs(model)
-        out["also"] = _wrong(derive(model, args, kwargs, also=also), truth)
+        same = _sizes((args, kwargs)) == _sizes(case.inputs(also))
+        out["also"] = _wrong(derive(model, args, kwargs, also=also) if same else derive(model, also=also), truth)
     except ScalingError as error:
         out["also"] = [_said(error)]
     if hasattr(model, "config") and without is not None:
@@ -156,6 +160,21 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     out["stated"] = [name for name in _wrong(alone, truth) if name in stated]
     out["overrides"] = _overrides(alone, truth)
     out["unsound"] = _unsound(alone, {f"model.{n}": s for n, s in oracle.shapes(list(models.values())).items()})
+    return out
+
+
+def _sizes(inputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.size, inputs)
+
+
+def _built(case: Case) -> dict[int, nn.Module]:
+    """The model at its other widths, as far as its builder can make them."""
+    out = {}
+    for k in case.multiples[1:]:
+        try:
+            out[k] = case.build(k)
+        except Exception:  # whatever a config validator raises
+            break
     return out
 
 
