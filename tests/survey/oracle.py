@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -26,8 +27,11 @@ class Exponents:
 
 
 def growth(sizes: Sequence[int]) -> Fraction:
-    """The power of d that an axis follows: 0 if it has one length at every width, else 1 (also c·d + 64), or 2 or ½ if it is that."""
-    if len(set(sizes)) == 1:
+    """The power of d that an axis follows: 0 if it has one length at every width, 2 if it is that, else 1 (also c·d + 64).
+
+    0 also where it rises and falls: 2, 1, 2 heads follow nothing.
+    """
+    if sizes[-1] <= sizes[0] or any(b < a for a, b in pairwise(sizes)):
         return Fraction(0)
     first, last = sizes[0], sizes[-1]
     multiple = len(sizes)  # the widths are 1, 2, 3 times the first

@@ -152,7 +152,7 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     except ScalingError as error:
         out["also"] = [_said(error)]
     if hasattr(model, "config") and without is not None:
-        out["config"] = [*without.notes, *_wrong(without, truth)]
+        out["config"] = [*(note for note in without.notes if "guessed" in note), *_wrong(without, truth)]
         out["unreached_without_inputs"] = len(without.coverage.unreached)
     truth = {f"model.{name}": axes for name, axes in truth.items()}
     out["alone"] = [name.removeprefix("model.") for name in _wrong(alone, truth)]
