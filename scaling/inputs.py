@@ -50,7 +50,9 @@ def _made_up(model: nn.Module) -> tuple[Inputs, Recording]:
                 inputs = (), more
     features = dict.fromkeys(weight.shape[1] for weight in model.parameters() if weight.dim() == 2)
     guesses = tuple(shape for n in list(features)[:3] for shape in ((BATCH, LENGTH, n), (BATCH, n)))
-    wanted = [_Wanted(name, shapes=((BATCH, LENGTH), *guesses, (LENGTH,))) for name in _required(model)]
+    kernel = next((weight.shape for weight in model.parameters() if weight.dim() == 4), None)  # of a model that asks for its size first
+    images = tuple((BATCH, kernel[1], n, n) for n in (*IMAGES, 160, 240, 299, 384)) if kernel is not None else ()
+    wanted = [_Wanted(name, shapes=((BATCH, LENGTH), *guesses, (LENGTH,), *images)) for name in _required(model)]
     for _ in range(ATTEMPTS if wanted else 0):
         inputs = tuple(want.tensor() for want in wanted), {}
         try:
@@ -150,7 +152,7 @@ def _from_consumer(want: _Wanted, operator: str, weight: Tensor) -> _Wanted | No
         return want.told(kind, tuple((*lead, shape[-1]) for lead in ((BATCH,), (BATCH, LENGTH), (BATCH, LENGTH, LENGTH))))
     if operator in {"addmm", "matmul", "mm", "bmm"} and len(shape) >= 2:
         return want.told(kind, ((BATCH, shape[-2]), (BATCH, LENGTH, shape[-2])))
-    if operator.startswith("conv"):
+    if operator.startswith("conv") and len(shape) > 2:
         channels = shape[0] if "transpose" in operator else shape[1]
         sizes = {1: ((64,), (1024,)), 2: tuple((n, n) for n in IMAGES), 3: ((16, 32, 32), (8, 64, 64))}[len(shape) - 2]
         return want.told(kind, tuple((BATCH, channels, *size) for size in sizes))

@@ -184,3 +184,20 @@ def test_a_model_on_the_meta_device_and_on_the_cpu_have_one_table():
         meta = GPT(64)
         inside = derive(meta)
     assert inside == derive(meta) == derive(GPT(64))
+
+
+class Strict(nn.Module):
+    """A model that looks at the size of its images before anything else (timm's vision transformers)."""
+
+    def __init__(self, d=16, size=160):
+        super().__init__()
+        self.size, self.patches, self.head = size, nn.Conv2d(3, d, 16, 16), nn.Linear(d, 5)
+
+    def forward(self, x):
+        batch, _, height, _ = x.shape
+        assert height == self.size
+        return self.head(self.patches(x).flatten(2).mean(-1).view(batch, -1))
+
+
+def test_images_are_tried_on_a_model_that_asks_for_their_size_first():
+    assert not derive(Strict()).coverage.unreached
