@@ -45,7 +45,7 @@ def at_twice_the_width(model: nn.Module) -> nn.Module | None:
         return None
     scaled = _scaled(config)
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             twin = type(model)(scaled)
     except Exception:  # whatever a config validator raises: then it cannot be known this way
         return None

@@ -100,3 +100,13 @@ def test_one_key_for_all_heads_stays_one():
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=31
     )
     assert derive(LlamaForCausalLM(config))["model.layers.0.self_attn.k_proj.weight"].role == "output"
+
+
+def test_building_the_twin_leaves_the_generator_alone(monkeypatch):
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=31))
+    monkeypatch.setattr(BertModel, "post_init", lambda self: torch.rand(3, device="cpu"))
+    before = torch.get_rng_state()
+    assert at_twice_the_width(model) is not None
+    assert torch.equal(torch.get_rng_state(), before)
