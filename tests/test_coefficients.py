@@ -166,6 +166,7 @@ def test_the_stated_interval_goes_to_the_stated_image(level):
 
 
 @pytest.mark.parametrize("level", SCHEDULES)
+@pytest.mark.slow  # four minutes
 def test_no_singular_value_escapes_between_the_points_of_a_grid(level):
     """A proof by intervals, halved until the image of each lies within 0.002 of the stated one; up to σ = 1.04 ("exact": 1.02)."""
     schedule = SCHEDULES[level]
