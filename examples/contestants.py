@@ -20,6 +20,7 @@ import torch
 
 from compiler import SpectralOptimizer
 from compiler.coefficients import SCHEDULES
+from compiler.msign import is_rough
 
 MOMENTUM = 0.95
 CLIP = 10_000.0
@@ -114,15 +115,17 @@ def _ours(map: str | None = "msign", accuracy: str = "default") -> Callable[[Wei
 
 
 def _our_floor(accuracy: str, device: torch.device) -> Floor | None:
-    """Of `compiler.msign`: Gram space between restarts, each step its own segment for nearly square matrices."""
-    schedule = SCHEDULES[accuracy]
-    cuts = (0, *schedule.restarts, len(schedule.steps))
-    if device.type == "cuda":
-        return Floor(lambda _m, _n: _gram(torch.float16, cuts), symmetric=True)
-    if accuracy == "exact":
+    """Of `compiler.msign`: a triangle of X·Xᵀ and of every square, though on a CPU it takes whole ones below 384 rows."""
+    if accuracy == "exact" and device.type == "cpu":
         return None
-    every = tuple(range(len(schedule.steps) + 1))
-    return Floor(lambda m, n: _gram(torch.float32, cuts if 2 * n > 3 * m else every))
+    chunks = [len(chunk) for chunk in SCHEDULES[accuracy].chunks]
+    working = torch.float16 if device.type == "cuda" and accuracy != "exact" else torch.float32
+
+    def of(m: int, _n: int) -> tuple[Chunk, ...]:
+        rough = device.type == "cpu" and is_rough(m, working, device, accuracy)
+        return tuple(Chunk(n, torch.bfloat16 if rough and i < len(chunks) - 1 else working) for i, n in enumerate(chunks))
+
+    return Floor(of, symmetric=True)
 
 
 def _gram(dtype: torch.dtype, cuts: tuple[int, ...]) -> tuple[Chunk, ...]:

@@ -101,7 +101,7 @@ def test_gradients_have_the_spectra_they_are_named_after():
 
 @pytest.mark.parametrize(("m", "n"), [(3, 3), (3, 7)])
 def test_the_floor_counts_the_products_of_the_iteration(m, n):
-    """Against torch's own count of what msign multiplies."""
+    """Against torch's own count of what msign multiplies, in whole products as these are too small to be halved."""
     from contestants import _our_floor
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -109,7 +109,7 @@ def test_the_floor_counts_the_products_of_the_iteration(m, n):
 
     with FlopCounterMode(display=False) as counter:
         msign(torch.randn(m, n))
-    assert counter.get_total_flops() == _our_floor("default", torch.device("cpu")).flops(m, n).total()
+    assert counter.get_total_flops() == _our_floor("default", torch.device("cpu"))._replace(symmetric=False).flops(m, n).total()
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "results").glob("bench_optimizer_*.json")), ids=lambda path: path.stem)
