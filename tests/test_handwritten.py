@@ -3,9 +3,9 @@
 import fnmatch
 
 import pytest
+from handwritten import HANDWRITTEN
 
 from scaling import derive
-from tests.handwritten import HANDWRITTEN
 
 WIDTHS = (16, 24, 32)
 

@@ -3,12 +3,12 @@
 Every entry of `HANDWRITTEN` says which role each weight plays, written down from reading the model, not from what `derive` prints.
 """
 
-from tests.handwritten.attention import ATTENTION
-from tests.handwritten.control import CONTROL
-from tests.handwritten.model import Handwritten
-from tests.handwritten.sequences import SEQUENCES
-from tests.handwritten.structures import STRUCTURES
-from tests.handwritten.vision import VISION
+from .attention import ATTENTION
+from .control import CONTROL
+from .model import Handwritten
+from .sequences import SEQUENCES
+from .structures import STRUCTURES
+from .vision import VISION
 
 HANDWRITTEN: dict[str, Handwritten] = CONTROL | ATTENTION | SEQUENCES | VISION | STRUCTURES
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.handwritten.model import Handwritten, between, floats, tokens
+from .model import Handwritten, between, floats, tokens
 
 HEAD = 4
 QKVO_ROLES = "hidden: inner.q.weight inner.k.weight inner.v.weight inner.o.weight\nvector: inner.*.bias"

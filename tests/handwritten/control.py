@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.handwritten.model import Handwritten, between, floats, tokens
+from .model import Handwritten, between, floats, tokens
 
 TWO = "hidden: inner.a.weight inner.b.weight\nvector: inner.a.bias inner.b.bias"
 

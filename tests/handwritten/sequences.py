@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tests.handwritten.model import Handwritten, between, floats, tokens
+from .model import Handwritten, between, floats, tokens
 
 RNN = "hidden: inner.*weight*\nvector: inner.*bias*"
 

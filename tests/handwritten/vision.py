@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from tests.handwritten.model import Handwritten, floats
+from .model import Handwritten, floats
 
 
 def image(*shape):
