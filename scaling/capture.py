@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,16 @@ SAME_VALUE = {
 
 DECOMPOSED = {"broadcast_tensors"}
 """Operators recorded as what they are made of: an expand for each of several values."""
+
+LOOPS = 64
+"""Made-up answers at one line of the user's file after which others are given: a loop that ends where a float says so must end."""
+
+OUTSIDE = (
+    "what is computed outside of torch (NumPy, ctypes) cannot be followed: compute it with torch operators, make it a"
+    " torch.library.custom_op, or hand it in as an input"
+)
+LEFT_TORCH = ("numpy() is not supported", "Cannot access data pointer")
+"""What torch says of a tensor without data that is asked for it."""
 
 PYTHON_VALUES = {"item": float, "_local_scalar_dense": float, "is_nonzero": bool, "equal": bool, "allclose": bool}
 """Operators that hand a Python number to the forward: made up from what a comparison is taken to say."""
@@ -168,7 +179,10 @@ def _failed(model: nn.Module, error: Exception, state: _State) -> Exception:
     users = [place for place in frames if not place[0].startswith((_TORCH, _HERE))] or frames
     file, line = users[-1]
     failure = CaptureFailed(
-        type(model).__name__, f"{file}:{line}: {linecache.getline(file, line).strip()}", f"{type(error).__name__}: {error}"
+        type(model).__name__,
+        f"{file}:{line}: {linecache.getline(file, line).strip()}",
+        f"{type(error).__name__}: {error}",
+        **({"cure": OUTSIDE} if any(text in str(error) for text in LEFT_TORCH) else {}),
     )
     failure.__cause__ = error
     failure.last = state.last  # pyright: ignore[reportAttributeAccessIssue] - what inputs.py learns the first consumers from
@@ -269,6 +283,7 @@ class _Recorder(TorchDispatchMode):
         self.swapped, self.state, self.truth = swapped, state, truth
         self.fake = swapped.fake
         self.inputs = 0
+        self.answers: Counter[tuple[str, int]] = Counter()
 
     # nodes of tensors
 
@@ -388,7 +403,8 @@ class _Recorder(TorchDispatchMode):
     def _execute(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if _name(func) in PYTHON_VALUES:
             self.state.made_up += 1
-            return PYTHON_VALUES[_name(func)](self.truth)
+            kind = PYTHON_VALUES[_name(func)]
+            return self._answer(self.truth) if kind is bool else self._number()
         try:
             with self.fake:
                 output = func(*args, **kwargs)
@@ -398,6 +414,24 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(output, (Tensor, tuple, list)):
             return output
         return tree_map_only(Tensor, lambda tensor: self._value(func, args, kwargs, tensor), output)
+
+    def _asked(self) -> int:
+        """How many made-up answers above LOOPS this line of the user's was given."""
+        source = _source("")
+        self.answers[source.file, source.line] += 1
+        asked = self.answers[source.file, source.line] - LOOPS
+        if asked > 16 * LOOPS:
+            message = "a loop here ends by a float that is not known while the model is recorded, and no answer ended it"
+            raise RuntimeError(message)
+        return asked
+
+    def _answer(self, usual: bool) -> bool:
+        return usual if self._asked() <= 0 else not usual
+
+    def _number(self) -> float:
+        """1.0 or 0.0; in a loop that goes on, the other one and then ones beyond any threshold."""
+        asked = self._asked()
+        return float(self.truth) if asked <= 0 else (float(not self.truth), 1e30, -1e30)[(asked - 1) % 3]
 
     def _by_shape(self, func: Any, args: tuple) -> Tensor | None:
         """Grouped products, whose kernels want bfloat16: (rows, k) × (experts, k, n) -> (rows, n)."""
@@ -429,7 +463,7 @@ class _Recorder(TorchDispatchMode):
             return torch.full(shape, next(a for a in args if isinstance(a, (int, float, bool))), dtype=dtype)
         self.state.made_up += 1
         if dtype == torch.bool:
-            return torch.full(shape, self.truth and name not in {"isnan", "isinf", "ne"}, dtype=dtype)
+            return torch.full(shape, self._answer(self.truth and name not in {"isnan", "isinf", "ne"}), dtype=dtype)
         if name in {"topk", "sort", "argsort"} and shape:
             source = args[0].shape
             axis = args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)

@@ -39,6 +39,7 @@ def derive(
     grows: Override | None = None,
     heads: str = "grow",
     depth: bool | str | float | Fraction | sympy.Rational = False,
+    many_growing_axes: bool = False,
 ) -> ScalingTable:
     """Derives the scaling table of a model from how its graph uses every weight.
 
@@ -58,6 +59,8 @@ def derive(
         heads: "grow" or "fixed": which of heads × head_dim grows, where only one model is given.
         depth: True for rules in the depth L as well, the number of residual branches on the stream: each is multiplied by L^-α with α = 1,
             or with the α of [1/2, 1] given here ("1/2"). The model's forward stays as it is, see `scaling.depth`.
+        many_growing_axes: True for rules of weights of which more than two axes grow (`nn.Bilinear`) too, by counting terms and outputs
+            as for all others: the theory (TP5, App. B) does not cover them.
 
     Returns:
         The table: one rule per trainable weight, exact in d.
@@ -68,7 +71,7 @@ def derive(
         GraphsDiffer: if the models of several widths do not run the same operators.
         UnsupportedOperator: if an operator without a rule consumes a weight.
         ConflictingUses: if the uses of a tied weight cannot be reconciled.
-        TooManyGrowingAxes: if a weight has more than two growing axes.
+        TooManyGrowingAxes: if a weight has more than two growing axes, without `many_growing_axes`.
         NoSuchAxis: if `fixed` or `grows` matches nothing.
         NoResidualBranches: with `depth`, if the layers that repeat have no residual connections.
         UnstableDepth: for a `depth` under which the stream grows with L.
@@ -85,7 +88,7 @@ def derive(
     scales = scales_of(graph, growth, uses, dots)
     contractions, folds = folded(graph, growth, dots, scales.at)
     deep = None if depth is False else deepen(graph, uses, alpha_of(depth), models[0])
-    rules = rules_of(graph, uses, growth, [*folds, *scales.folds, *(deep.folds if deep else ())], scales.at)
+    rules = rules_of(graph, uses, growth, [*folds, *scales.folds, *(deep.folds if deep else ())], scales.at, many=many_growing_axes)
     notes += few_normalized(graph, growth, uses, rules)
     if deep is not None:
         rules = [deep.rule(rule) for rule in rules]

@@ -44,9 +44,9 @@ class CannotMakeInputs(ScalingError):
 class CaptureFailed(ScalingError):
     """The model's own forward raised while it was recorded."""
 
-    def __init__(self, model: str, where: str, cause: str) -> None:
-        self.model, self.where, self.cause = model, where, cause
-        super().__init__(f"{model} could not be recorded: {cause}\n  at {where}\n  check that model(*args, **kwargs) runs on its own")
+    def __init__(self, model: str, where: str, cause: str, cure: str = "check that model(*args, **kwargs) runs on its own") -> None:
+        self.model, self.where, self.cause, self.cure = model, where, cause, cure
+        super().__init__(f"{model} could not be recorded: {cause}\n  at {where}\n  {cure}")
 
 
 class UnsupportedOperator(ScalingError):
@@ -77,7 +77,8 @@ class TooManyGrowingAxes(ScalingError):
         self.weight, self.dims, self.where = weight, dims, where
         super().__init__(
             f"weight '{weight}' {dims} has more than two growing axes, which the theory does not cover\n  at {where}\n"
-            "  keep one of them fixed: derive(..., fixed={'" + weight + "': axis})"
+            "  keep one of them fixed: derive(..., fixed={'" + weight + "': axis}), or take the rules that counting gives:"
+            " derive(..., many_growing_axes=True)"
         )
 
 

@@ -309,6 +309,12 @@ def convolution(call: Call) -> Written:
     return Written(f"{batch}(g i) {grid}, (g o) i {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups})
 
 
+def deformed(call: Call) -> Written:
+    """A convolution of shifted (and weighted) samples of the grid."""
+    moved = ", ".join(" ".join(["_"] * len(_shape(node, call))) for node in call.tensors[2:4])
+    return Written(f"b (g i) _ _, (g o) i k0 k1, {moved}, +(g o) -> b (g o) _ _", {"g": tuple(call.over_widths("groups"))})
+
+
 def strides(call: Call) -> int:
     """A stride s in each of n directions leaves 1 of sⁿ taps at every output (THEORY 2.2, row 28)."""
     stride, rank = call.get("stride"), len(_shape(call.tensors[1], call)) - 2
@@ -889,6 +895,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(convolution, "conv1d conv2d conv3d convolution"),  # the last, as native_…_norm, is what runs where autograd does
     _signed(convolution, "conv_transpose1d conv_transpose2d conv_transpose3d", thinned=strides),
     _signed(attention, "scaled_dot_product_attention"),
+    _signed(deformed, "torchvision.deform_conv2d"),
     # lookups
     _signed("v! o, ... -> ... o", "embedding"),
     _signed(bag, "embedding_bag"),

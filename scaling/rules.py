@@ -38,13 +38,19 @@ _Cell = tuple[_Cut, ...]
 
 
 def rules_of(
-    graph: LayerGraph, uses: list[WeightUse], growth: Growth, folds: list[Fold], size: Callable[[fx.Node], sympy.Expr]
+    graph: LayerGraph,
+    uses: list[WeightUse],
+    growth: Growth,
+    folds: list[Fold],
+    size: Callable[[fx.Node], sympy.Expr],
+    *,
+    many: bool = False,
 ) -> list[WeightRule]:
     """The rules of all trainable weights that are used; `size` is that of an activation, in d.
 
     Raises:
         ConflictingUses: if uses of a tied weight cannot be reconciled.
-        TooManyGrowingAxes: if more than two axes of a weight grow.
+        TooManyGrowingAxes: if more than two axes of a weight grow, unless `many` are welcome.
     """
     by_weight: dict[Call, list[WeightUse]] = {}
     for use in uses:
@@ -57,7 +63,7 @@ def rules_of(
         folds_of.setdefault(fold.carrier.weight, []).append(fold)
     given = {use: _given(use, graph, size) for use in uses}
     return [
-        _rule(call, by_weight[call], growth, folds_of.get(call, []), undone, given)
+        _rule(call, by_weight[call], growth, folds_of.get(call, []), undone, given, many=many)
         for call in graph.weights
         if call in by_weight and call.node.meta["trainable"]
     ]
@@ -86,11 +92,13 @@ def _rule(
     folds: list[Fold],
     undone: set[tuple[int, ...]],
     given: dict[WeightUse, sympy.Expr],
+    *,
+    many: bool,
 ) -> WeightRule:
     dims = growth.axes.dims[call.node]
     lengths = tuple(growth.of(dim) for dim in dims)
     growing = sum(growth.grows(dim) for dim in dims)
-    if growing > 2:
+    if growing > 2 and not many:
         raise TooManyGrowingAxes(call.names[0], f"[{', '.join(map(str, lengths))}]", str(uses[0].call.source))
     blocks, notes, described = [], {}, {}
     columns = [_cells(growth, axis, dim, uses, undone) for axis, dim in enumerate(dims)]

@@ -273,6 +273,7 @@ NO_VALUES = {
         "makes a new value",
     ),
     "aten.as_strided": "windows that overlap: no axis is known to be the same",
+    "torchvision.deform_conv2d": "needs torchvision",
     "torchvision.roi_align": "needs torchvision",
     "torchvision.roi_pool": "needs torchvision",
     "getitem": "every operator with several outputs is an example of it",

@@ -1,0 +1,205 @@
+"""What a forward may do and a weight may be, each in one small model, with the roles that reading it gives."""
+
+import pytest
+import torch
+from sympy import Rational
+from torch import nn
+
+from scaling import derive, register
+from scaling.errors import CaptureFailed, ConflictingUses, TooManyGrowingAxes, UnsupportedOperator
+from scaling.limits import WIDTH
+from scaling.operators import OPERATORS
+
+d = WIDTH
+WIDTHS = (32, 48, 64)
+X = (torch.zeros(3, 7),)
+
+
+class Middle(nn.Module):
+    """`run(model, x)` between a first and a last linear, with further modules by name."""
+
+    def __init__(self, width, run, **more):
+        super().__init__()
+        self.inp, self.mid, self.out, self.run = nn.Linear(7, width), nn.Linear(width, width), nn.Linear(width, 5), run
+        for name, module in more.items():
+            setattr(self, name, module(width))
+
+    def forward(self, *args):
+        return self.run(self, *args)
+
+
+def table_of(run, args=X, options=None, **more):
+    return derive(lambda width: Middle(width, run, **more), args, widths=WIDTHS, **(options or {}))
+
+
+# loops and branches on floats
+
+
+def _until_small(m, x):
+    h = m.inp(x)
+    while h.norm() > 1e-3:
+        h = m.mid(h)
+    return m.out(h)
+
+
+def _until_large(m, x):
+    h = m.inp(x)
+    while h.norm().item() < 1e6:
+        h = m.mid(h)
+    return m.out(h)
+
+
+def _while_not(m, x):
+    h = m.inp(x)
+    while not bool((h > 5).any()):
+        h = m.mid(h)
+    return m.out(h)
+
+
+def _nested(m, x):
+    h = m.inp(x)
+    while h.mean() > 0:
+        while h.max() < 2:
+            h = m.mid(h)
+        h = h - 1
+    return m.out(h)
+
+
+@pytest.mark.parametrize("run", [_until_small, _until_large, _while_not, _nested])
+def test_a_loop_that_a_float_ends_does_end(run):
+    table = table_of(run)
+    assert table["mid.weight"].role == "hidden"
+    assert not table.coverage.unreached
+    assert table.coverage.made_up > 0
+
+
+@pytest.mark.parametrize("test", [lambda h: h.sum() > 0, lambda h: h.mean().item() < 0.5, lambda h: not torch.isfinite(h).all()])
+def test_both_sides_of_a_branch_on_a_float_are_reached(test):
+    table = table_of(lambda m, x: m.out(m.a(m.inp(x))) if test(m.mid(m.inp(x))) else m.out(m.b(m.inp(x))),
+                     a=lambda n: nn.Linear(n, n), b=lambda n: nn.Linear(n, n))  # fmt: skip
+    assert (table["a.weight"].role, table["b.weight"].role) == ("hidden", "hidden")
+
+
+# what leaves torch
+
+
+def test_numpy_on_activations_is_refused_with_the_line_and_a_cure():
+    with pytest.raises(CaptureFailed, match=r"test_forms\.py:\d+: .*numpy(.|\n)*outside of torch(.|\n)*custom_op"):
+        table_of(lambda m, x: m.out(m.mid(torch.from_numpy(m.inp(x).detach().numpy()))))
+
+
+# what a forward returns
+
+
+class Box:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def _object(value):
+    box = type("Bag", (), {})()
+    box.inner = {"a": [value]}
+    return box
+
+
+@pytest.mark.parametrize("wrap", [_object, lambda y: {"a": ({"b": y},)}, lambda y: iter([y]), Box])
+def test_whatever_a_forward_returns_its_weights_are_reached(wrap):
+    table = table_of(lambda m, x: wrap(m.out(m.mid(m.inp(x)))))
+    assert table.coverage.unreached == ()
+    assert table["mid.weight"].role == "hidden"
+
+
+# custom operators
+
+
+@torch.library.custom_op("scaling_tests::mix", mutates_args=())
+def mix(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x·Wᵀ; nothing tells torch the shape of its result."""
+    return x @ w.T
+
+
+def test_a_custom_operator_on_a_weight_is_refused_until_its_signature_is_registered_in_one_line():
+    def run(m, x):
+        return m.out(torch.ops.scaling_tests.mix(m.inp(x), m.mid.weight) + m.mid.bias)
+
+    with pytest.raises(UnsupportedOperator, match=r"no rule for scaling_tests\.mix(.|\n)*scaling\.operators\.register"):
+        table_of(run)
+    register("scaling_tests.mix", "... i, o i -> ... o")
+    try:
+        rule = table_of(run)["mid.weight"]
+    finally:
+        del OPERATORS["scaling_tests.mix"]
+    assert (rule.fan_in, rule.fan_out, rule.role) == (d, d, "hidden")
+
+
+# more than two growing axes
+
+
+def test_three_growing_axes_are_refused_unless_opted_in():
+    """Row 35, P19: F_in = i₁·i₂, Adam −2, σ −1."""
+
+    def run(m, x):
+        return m.out(m.pair(m.inp(x), m.mid(m.inp(x))))
+
+    with pytest.raises(TooManyGrowingAxes, match="many_growing_axes=True"):
+        table_of(run, pair=lambda n: nn.Bilinear(n, n, n))
+    rule = table_of(run, options={"many_growing_axes": True}, pair=lambda n: nn.Bilinear(n, n, n))["pair.weight"]
+    assert (rule.fan_in, rule.fan_out) == (d**2, d)
+    assert (rule.exponent("adam"), rule.exponent("init_std")) == (-2, Rational(-3, 2))  # -1 forwards, min(1, F_out/F_in) for what goes back
+    last = table_of(lambda m, x: m.pair(m.inp(x), m.mid(m.inp(x))), pair=lambda n: nn.Bilinear(n, n, 4))
+    assert last["pair.weight"].exponent("fan_in") == 2
+
+
+# ties
+
+
+def test_a_matrix_that_is_also_added_is_refused_with_both_lines():
+    """P18."""
+
+    def run(m, x):
+        h = m.mid(m.inp(x))
+        return m.out((h.unsqueeze(1) + m.mid.weight).mean(1))
+
+    with pytest.raises(ConflictingUses, match=r"mid\.weight") as refusal:
+        table_of(run)
+    assert len({place.split(": ")[0] for place in refusal.value.where}) == 2
+    assert all("test_forms.py" in place for place in refusal.value.where)
+
+
+# convolutions that torch has not
+
+
+def test_a_deformable_convolution_is_a_convolution_and_its_offsets_an_output():
+    ops = pytest.importorskip("torchvision").ops
+
+    class Deformed(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.stem, self.offsets = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * 9, 3, padding=1)
+            self.conv, self.head = ops.DeformConv2d(width, 2 * width, 3, padding=1), nn.Conv2d(2 * width, 5, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(self.conv(x, self.offsets(x)))
+
+    table = derive(Deformed, torch.zeros(2, 3, 8, 8), widths=WIDTHS)
+    assert (table["conv.weight"].fan_in, table["conv.weight"].fan_out, table["conv.weight"].role) == (9 * d, 2 * d, "hidden")
+    assert (table["offsets.weight"].role, table["conv.bias"].role) == ("output", "vector")
+
+
+# codebooks
+
+
+def test_a_codebook_is_looked_up_whatever_finds_the_nearest_code():
+    """Row 38: row 1 (lookup); the distance only makes ids, and ids do not depend on its size."""
+
+    def run(m, x):
+        z = m.mid(m.inp(x))
+        distance = z.square().sum(-1, keepdim=True) - 2 * z @ m.codes.weight.T + m.codes.weight.square().sum(-1)
+        q = m.codes(distance.argmin(-1))
+        return m.out(z + (q - z).detach()), (q - z.detach()).square().mean()
+
+    rule = table_of(run, codes=lambda n: nn.Embedding(11, n))["codes.weight"]
+    assert (rule.role, rule.fan_in, rule.exponent("adam"), rule.exponent("init_std")) == ("embedding", 1, 0, 0)
