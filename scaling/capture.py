@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 from scaling.errors import CaptureFailed
 from scaling.kept import Kept, kept
+from scaling.operators import is_made_of_others
 from scaling.records import Source
 
 __all__ = ["Recording", "record", "unwrap"]
@@ -51,11 +52,9 @@ SAME_VALUE = {
 }
 """Operators that hand their first input on: no node, so that graphs of several widths agree."""
 
-DECOMPOSED = {"broadcast_tensors"}
-"""Operators recorded as what they are made of: an expand for each of several values."""
-
-LOOPS = 64
-"""Made-up answers at one line of the user's file after which others are given: a loop that ends where a float says so must end."""
+LOOPS = 512
+"""Made-up answers at one line of the user's file after which others are given: a loop that ends where a float says so must end (and one
+over each of a few hundred detections not change its mind)."""
 
 OUTSIDE = (
     "what is computed outside of torch (NumPy, ctypes) cannot be followed: compute it with torch operators, make it a"
@@ -351,14 +350,25 @@ class _Recorder(TorchDispatchMode):
         nodes = tuple(self._node(tensor) for tensor in inputs)
         name = _name(func)
         self.state.last = (str(func), nodes, name)
-        if name in DECOMPOSED:
+        if name not in SAME_VALUE and is_made_of_others(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        output = self._execute(func, args, kwargs)
         written = _written(func, args)
+        shape = () if written is None else tuple(written.shape)
+        output = self._execute(func, args, kwargs)
+        if written is not None and tuple(written.shape) != shape:
+            self._keep_shape(written, shape)
         if written is None and name in SAME_VALUE and isinstance(output, Tensor) and _is_float(output):
             return self._bind(output, nodes[0]) if output is not inputs[0] else output
         return self._record(func, args, kwargs, output, written)
+
+    def _keep_shape(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        """What was recorded of a tensor before `squeeze_` or `t_` gave it another shape."""
+        with self.fake:
+            before = torch.empty(shape, dtype=tensor.dtype, device="cpu")
+        for node in self.state.graph.nodes:
+            if node.meta.get("val") is tensor:
+                node.meta["val"] = before
 
     def _ours(self, tensor: Tensor) -> Tensor:
         """The stand-in of a weight that reached an operator past the swap (an LSTM's flat weights), or of a meta constant."""
@@ -373,8 +383,14 @@ class _Recorder(TorchDispatchMode):
     def _real(self, func: Any, args: tuple, kwargs: dict) -> Any:
         for tensor in _all_written(func, args, kwargs):
             self.swapped.kept.before_write(tensor)
-        size = args[0] if args and isinstance(args[0], (list, tuple)) else kwargs.get("size")
-        if size and all(isinstance(n, int) for n in size) and torch.Size(size).numel() > REAL_LIMIT and not func._schema.is_mutable:
+        size = args[0] if args else kwargs.get("size")
+        if (
+            isinstance(size, (list, tuple))
+            and size
+            and all(isinstance(n, int) for n in size)
+            and torch.Size(size).numel() > REAL_LIMIT
+            and not func._schema.is_mutable
+        ):
             with self.fake:
                 output = func(*args, **kwargs)
             if isinstance(output, Tensor) and _is_float(output):
@@ -420,7 +436,7 @@ class _Recorder(TorchDispatchMode):
         source = _source("")
         self.answers[source.file, source.line] += 1
         asked = self.answers[source.file, source.line] - LOOPS
-        if asked > 16 * LOOPS:
+        if asked > 2 * LOOPS:
             message = "a loop here ends by a float that is not known while the model is recorded, and no answer ended it"
             raise RuntimeError(message)
         return asked
@@ -464,7 +480,7 @@ class _Recorder(TorchDispatchMode):
         self.state.made_up += 1
         if dtype == torch.bool:
             return torch.full(shape, self._answer(self.truth and name not in {"isnan", "isinf", "ne"}), dtype=dtype)
-        if name in {"topk", "sort", "argsort"} and shape:
+        if name in {"topk", "sort", "argsort"} and shape and tensor.numel():
             source = args[0].shape
             axis = args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)
             n, k = source[axis] or 1, shape[axis]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from torch import Tensor, fx
 
-from scaling.capture import Recording
 from scaling.errors import GraphsDiffer
 from scaling.records import Source
 
-__all__ = ["Call", "LayerGraph", "Size", "align", "operator_name"]
+if TYPE_CHECKING:  # the recorder asks the table of operators, which asks for calls
+    from scaling.capture import Recording
+
+__all__ = ["Call", "LayerGraph", "Size", "align", "name_of", "operator_name"]
 
 Size = tuple[int, ...]
 """The length of one axis, at each width the model was recorded at."""
@@ -93,11 +95,16 @@ class Call:
 
 def operator_name(node: fx.Node) -> str:
     """The operator's name without overload: "aten.linear"."""
-    packet = getattr(node.target, "overloadpacket", None)
+    return name_of(node.target)
+
+
+def name_of(target: Any) -> str:
+    """The same, of what a node calls."""
+    packet = getattr(target, "overloadpacket", None)
     if packet is not None:
         namespace, name = packet._qualified_op_name.split("::")
         return f"{namespace}.{name.rstrip('_') if not name.startswith('_') else name}"
-    return getattr(node.target, "__name__", str(node.target))
+    return getattr(target, "__name__", str(target))
 
 
 COMBINE = {

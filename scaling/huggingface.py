@@ -25,8 +25,8 @@ BATCH, LENGTH = 2, 8
 WIDTH_FIELDS = re.compile(
     r"(en|de)coder_(hidden_size|hidden_dim|ffn_dim|dim|intermediate_size|feedforward_dim|in_channels)"
     r"|((linear|moe|shared|shared_expert|moe_shared|moe_shared_expert|dense|expert|mlp|ffn|dense_ffn|fusion|projector|mm|pooler|text|out|output"
-    r"|latent|attention|fpn|neck|rnn|reassemble|decoder_mlp|merged)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
-    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|codebook|text_embed|backbone_channel)_(dim|dims|list)"
+    r"|latent|attention|cross_attention|fpn|neck|rnn|reassemble|decoder_mlp|merged)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
+    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|text_embed|backbone_channel)_(dim|dims|list)"
     r"|word_embed_proj_dim|embedding_(size|dim)|embed_size|n_inner|d_ff|d_inner|d_embed|dim_feedforward|ffn_hidden_size|lru_width|num_filters"
     r"|pooler_output_size|projection_size|(coordinate|shape)_size|decoder_channels|stem_hidden_channels|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
     r"|time_step_rank|neck_hidden_sizes|decoder_hidden_size"
@@ -50,7 +50,23 @@ def at_twice_the_width(model: nn.Module) -> nn.Module | None:
     except Exception:  # whatever a config validator raises: then it cannot be known this way
         return None
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
-    return twin if ours.keys() == theirs.keys() else None
+    if ours.keys() != theirs.keys():
+        return None
+    modules = dict(model.named_modules())
+    for path, module in twin.named_modules():  # a forward may differ between training and evaluation
+        module.training = modules[path].training if path in modules else model.training
+    _take_numbers(twin, model)
+    return twin
+
+
+def _take_numbers(twin: nn.Module, model: nn.Module) -> None:
+    """Gives whole numbers that the forward computes shapes with (a codec's padding) their values, which the meta device does not keep."""
+    ours = dict(model.named_buffers())
+    for path, module in twin.named_modules():
+        for short, buffer in module.named_buffers(recurse=False):
+            own = ours.get(f"{path}.{short}" if path else short)
+            if buffer.is_meta and not buffer.is_floating_point() and own is not None and own.shape == buffer.shape and not own.is_meta:
+                module._buffers[short] = own.detach().clone()
 
 
 def _scaled(config: Any) -> Any:
@@ -74,14 +90,23 @@ def _doubled(name: str, value: Any) -> Any:
 
 def _derived(config: Any, doubled: dict[str, Any]) -> dict[str, Any]:
     """What the config's constructor computes from other fields, where it is still what the constructor made it."""
-    takes = [name for name in inspect.signature(type(config)).parameters if name in vars(config)]
+    parameters = inspect.signature(type(config)).parameters
+    takes = [name for name in parameters if name in vars(config)]
+    left_out = {name for name in takes if parameters[name].default in (None, "auto")}
     try:
-        fields = copy.deepcopy((vars(config), vars(config) | doubled))  # a constructor writes into the sub-configs it is given
-        before, after = (type(config)(**{name: of[name] for name in takes}) for of in fields)
+        given = {name: value for name, value in vars(config).items() if name not in left_out}
+        computed = {name for name, value in vars(_built(config, takes, given)).items() if value == vars(config).get(name)}
+        takes = [name for name in takes if name not in left_out & computed]
+        before, after = (_built(config, takes, of) for of in (vars(config), vars(config) | doubled))
     except Exception:  # whatever a config validator raises
         return {}
-    made = {name: value for name, value in vars(after).items() if name not in takes and isinstance(value, (int, float, list, tuple))}
+    made = {name: value for name, value in vars(after).items() if name not in takes and isinstance(value, (int, float, list, tuple, dict))}
     return {name: value for name, value in made.items() if vars(before).get(name) == vars(config).get(name) != value}
+
+
+def _built(config: Any, takes: list[str], fields: dict[str, Any]) -> Any:
+    """A config of these fields; copies, as a constructor writes into the sub-configs it is given."""
+    return type(config)(**copy.deepcopy({name: fields[name] for name in takes if name in fields}))
 
 
 # what its forward takes

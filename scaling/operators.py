@@ -25,9 +25,9 @@ from torch import fx
 
 from scaling.axes import Axes, Dim, product
 from scaling.errors import ScalingError
-from scaling.graph import Call, Size, operator_name
+from scaling.graph import Call, Size, name_of, operator_name
 
-__all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "known", "register", "rule_of"]
+__all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "is_made_of_others", "known", "register", "rule_of"]
 
 
 @dataclass(frozen=True)
@@ -410,6 +410,12 @@ def solve(call: Call) -> Written:
     return Written("... n m, ... n k -> ... m k" if call.get("left", True) else "... m n, ... k n -> ... k m")
 
 
+def diagonals(call: Call) -> Written:
+    """A vector as the diagonal of a matrix."""
+    plain = (call.get("offset"), call.get("dim1"), call.get("dim2")) == (0, -2, -1)
+    return Written("... i -> ... i i" if plain else "... _ -> ... r c")
+
+
 def bilinear(call: Call) -> Written:
     """nn.Bilinear."""
     return Written("... i, ... j, o i j, +o -> ... o")
@@ -716,6 +722,22 @@ def resample(call: Call, axes: Axes) -> None:
     grid(call, axes)
 
 
+def packed(call: Call, axes: Axes) -> None:
+    """Sequences of several lengths as the rows of one matrix, and back."""
+    kept = _input(call, axes)[1 if call.name == "aten._pad_packed_sequence" else 2 :]
+    rows = tuple(axes.fresh(size, "input") for size in call.shape[: len(call.shape) - len(kept)])
+    axes.dims[call.node] = (*rows, *kept)
+
+
+def shuffled(call: Call, axes: Axes) -> None:
+    """Channels (g c) as (c g)."""
+    dims = list(_input(call, axes))
+    groups = tuple(call.over_widths("groups"))
+    parts = axes.regroup([dims[1]], [groups, tuple(n // g for n, g in zip(axes.size(dims[1]), groups, strict=True))])
+    dims[1] = axes.fresh(axes.size(dims[1])) if parts is None else parts[1] + parts[0]
+    axes.dims[call.node] = tuple(dims)
+
+
 def index(call: Call, axes: Axes) -> None:
     """x[ids]: indexed axes are looked up, the others pass; x[mask]: the axes of the mask become one."""
     dims = _input(call, axes)
@@ -825,6 +847,13 @@ def classified(call: Call, axes: Axes) -> None:
     axes.dims[call.node] = rest if len(rest) == len(call.shape) else ()
 
 
+def transcribed(call: Call, axes: Axes) -> None:
+    """CTC of log-probabilities (time, batch, classes): a loss for each of the batch, and what its gradient needs."""
+    dims = _input(call, axes)
+    axes.mark(dims[-1], "classes")
+    axes.dims[call.node] = dims[1:-1]
+
+
 def compared(call: Call, axes: Axes) -> None:
     """A loss of two values of one shape: a number, or entry by entry."""
     dims, target = _input(call, axes), _input(call, axes, 1)
@@ -857,7 +886,7 @@ def glu(call: Call, axes: Axes) -> None:
 
 
 MULTIPLIES = {"aten.mul", "aten.div", "aten.multiply", "aten.divide", "aten.true_divide"}
-SPLITS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_chunk", "aten.unsafe_split"}
+SPLITS = {f"aten.{prefix}{name}" for prefix in ("", "unsafe_") for name in ("split", "split_with_sizes", "chunk")} | {"aten.tensor_split"}
 
 # the table
 
@@ -880,6 +909,9 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(matmul, "matmul mm bmm mv dot vdot inner"),
     _signed(addmm, "addmm"),
     _signed("+b m n, b m k, b k n -> b m n", "baddbmm"),
+    _signed("+m n, b m k, b k n -> m n", "addbmm"),
+    _signed("+m, m k, k -> m", "addmv"),
+    _signed("+m n, m, n -> m n", "addr"),
     _signed(einsum, "einsum"),
     _signed(tensordot, "tensordot"),
     _signed("m k, k n -> m n", "_sparse_mm"),
@@ -887,6 +919,9 @@ _ROWS: list[dict[str, Operator]] = [
     _signed("... n m -> ... m n", "linalg_inv inverse"),
     _signed("... n m, ... _ -> ... n m", "linalg_householder_product"),
     _signed("i, j -> i j", "outer ger"),
+    _signed("p i -> q", "_pdist_forward"),
+    _signed("i i -> ", "trace"),
+    _signed(diagonals, "diag_embed"),
     _signed("... m i, ... n i -> ... m n", "cdist"),
     _signed(bilinear, "bilinear"),
     _signed(grouped_mm, "_grouped_mm grouped_mm"),
@@ -896,6 +931,7 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(convolution, "conv_transpose1d conv_transpose2d conv_transpose3d", thinned=strides),
     _signed(attention, "scaled_dot_product_attention"),
     _signed(deformed, "torchvision.deform_conv2d"),
+    _signed("_ b i, k i o, +o -> t b o", "conv_tbc"),
     # lookups
     _signed("v! o, ... -> ... o", "embedding"),
     _signed(bag, "embedding_bag"),
@@ -911,7 +947,8 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
     _signed(
         elementwise,
-        "complex polar real imag softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish hardswish",
+        "complex polar real imag softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish hardswish "
+        "_log_softmax log_sigmoid_forward native_dropout linalg_cross renorm normal uniform exponential geometric cauchy log_normal random",
     ),
     # values that only move
     _moves(view, "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as ravel"),
@@ -928,30 +965,36 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(select, "select"),
     _moves(diagonal, "diagonal"),
     _moves(take_slice, "slice narrow"),
-    _moves(split, "split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unbind"),
+    _moves(split, "split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unsafe_split_with_sizes unbind"),
     _moves(getitem, "getitem"),
-    _moves(same, "matrix_exp linalg_qr", linear=False),
+    _moves(same, "matrix_exp linalg_qr linalg_cholesky_ex linalg_inv_ex cummax cummin logcumsumexp index_fill", linear=False),
     _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
     _moves(pixel_shuffle, "pixel_shuffle"),
     _moves(pixel_unshuffle, "pixel_unshuffle"),
     _moves(parts_of_complex, "view_as_real view_as_complex", linear=True),
     _moves(columns, "im2col col2im"),
     _moves(windows, "unfold"),
-    _moves(index, "index"),
+    _moves(packed, "_pack_padded_sequence _pad_packed_sequence"),
+    _moves(shuffled, "channel_shuffle"),
+    _moves(index, "index _unsafe_index"),
     _moves(index_select, "index_select"),
     _moves(
         fresh, "as_strided zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"
     ),
     _moves(write, "copy index_put slice_scatter select_scatter masked_scatter"),
-    _moves(scattered, "scatter scatter_add scatter_reduce index_add index_copy", linear=False),
+    _moves(scattered, "scatter scatter_add scatter_reduce index_add index_copy index_reduce", linear=False),
     _moves(reduce, "sum mean", linear=True),
     _moves(
-        reduce, "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean", linear=False
+        reduce,
+        "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean nansum nanmedian "
+        "kthvalue mode aminmax",
+        linear=False,
     ),
     _moves(
         grid,
         "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d pad constant_pad_nd reflection_pad1d reflection_pad2d "
+        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "fractional_max_pool2d max_unpool2d pad constant_pad_nd reflection_pad1d reflection_pad2d "
         "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _adaptive_avg_pool2d",
         linear=False,
     ),
@@ -961,14 +1004,20 @@ _ROWS: list[dict[str, Operator]] = [
         "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
         linear=False,
     ),
-    _moves(grid, "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn"),
+    _moves(
+        grid,
+        "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn "
+        "_fft_r2c _fft_c2r _fft_c2c",
+    ),
     _moves(picked, "topk sort gather take_along_dim", linear=False),
     _moves(glu, "glu", linear=False),
     # losses
-    _moves(classified, "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d", linear=False),
+    _moves(classified, "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d multi_margin_loss", linear=False),
+    _moves(transcribed, "_ctc_loss", linear=False),
     _moves(
         compared,
-        "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div poisson_nll_loss",
+        "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div poisson_nll_loss "
+        "soft_margin_loss dist",
         linear=False,
     ),
 ]
@@ -993,15 +1042,29 @@ _POINTWISE = Operator(signature=elementwise)
 
 def rule_of(call: Call) -> Operator | None:
     """The rule of a call: its row of OPERATORS, or elementwise for what torch tags as pointwise."""
-    if call.name in OPERATORS:
-        return OPERATORS[call.name]
-    return _POINTWISE if _is_pointwise(call) else None
+    return _rule(call.name, call.node.target)
 
 
-def _is_pointwise(call: Call) -> bool:
+def _rule(name: str, target: Any) -> Operator | None:
+    if name in OPERATORS:
+        return OPERATORS[name]
+    return _POINTWISE if _is_pointwise(name, target) else None
+
+
+def _is_pointwise(name: str, target: Any) -> bool:
     """By torch's tag on the operator, or on the one of which it is the in-place form."""
-    functional = getattr(getattr(torch.ops.aten, call.name.removeprefix("aten."), None), "default", None)
-    return any(torch.Tag.pointwise in getattr(target, "tags", ()) for target in (call.node.target, functional))
+    functional = getattr(getattr(torch.ops.aten, name.removeprefix("aten."), None), "default", None)
+    return any(torch.Tag.pointwise in getattr(operator, "tags", ()) for operator in (target, functional))
+
+
+def is_made_of_others(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator without a rule is a composition of others (`hstack`, `cosine_similarity`): they are recorded in its place."""
+    if _rule(name_of(operator), operator) is not None or not any("Tensor" in str(r.type) for r in operator._schema.returns):
+        return False
+    try:
+        return operator._can_decompose()
+    except RuntimeError:  # an operator of Python alone
+        return False
 
 
 def known(call: Call) -> bool:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from models import GPT, MLP
 from torch import nn
+from torch.nn import functional as F
 
 from scaling import derive
 from scaling.capture import record
 from scaling.graph import align
+from scaling.uses import joined_axes
 
 
 class Wrapped(nn.Module):
@@ -201,3 +203,52 @@ class Strict(nn.Module):
 
 def test_images_are_tried_on_a_model_that_asks_for_their_size_first():
     assert not derive(Strict()).coverage.unreached
+
+
+COMPOSITIONS = {
+    "hstack": lambda x, y: torch.hstack([x, y]),
+    "vstack": lambda x, y: torch.vstack([x, y]),
+    "column_stack": lambda x, y: torch.column_stack([x, y]),
+    "cosine_similarity": lambda x, y: F.cosine_similarity(x, y, dim=0),
+    "kron": torch.kron,
+    "multi_dot": lambda x, y: torch.linalg.multi_dot([x, y.T, x]),
+    "logsigmoid": lambda x, y: F.logsigmoid(x) * y,
+    "pairwise_distance": lambda x, y: F.pairwise_distance(x.T, y.T),
+    "quantile": lambda x, y: torch.quantile(x * y, 0.5, dim=0),
+    "meshgrid": lambda x, y: torch.meshgrid(x[0], y[0], indexing="ij")[0],
+    "subtract": lambda x, y: torch.subtract(x, y),
+    "arctan_": lambda x, y: (x * y).arctan_(),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_an_operator_without_a_rule_that_is_made_of_others_is_recorded_as_these(name):
+    class Composed(nn.Module):
+        def forward(self, x, y):
+            return COMPOSITIONS[name](x, y)
+
+    graph = align([record(Composed(), (torch.randn(4, 6), torch.randn(4, 6)), {})], ["once"])
+    axes, without = joined_axes(graph)
+    assert not without
+    width = {atom for node in graph.calls if node.op == "placeholder" for dim in axes.dims[node] for atom in axes.leaves(dim)}
+    out = {atom for dim in axes.dims[graph.outputs[0]] for atom in axes.leaves(dim)}
+    assert out & width
+    assert not axes.conflicts
+
+
+def test_a_shape_that_is_changed_in_place_leaves_the_shape_before_it_recorded():
+    class InPlace(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.a, self.b, self.w = nn.Linear(7, d), nn.Linear(d, d), nn.Parameter(torch.randn(d, 3))
+
+        def forward(self, x):
+            h = self.a(x)
+            h.unsqueeze_(1)
+            h = self.b(h)
+            h.squeeze_(1)
+            return self.w.t() @ h.t_()
+
+    table = derive(InPlace, torch.randn(2, 7), widths=(64, 128))
+    assert [str(rule.fan_in) for rule in table if rule.name in {"w", "b.weight"}] == ["d", "d"]
+    assert not table.trace.growth.axes.conflicts

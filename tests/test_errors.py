@@ -43,19 +43,19 @@ def test_a_forward_that_raises_is_shown_with_its_line():
 
 
 def test_an_operator_without_a_rule_that_consumes_a_weight():
-    class Distances(nn.Module):
+    class LeastSquares(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inp, self.codes = nn.Linear(8, 32), nn.Parameter(torch.randn(20, 32))
+            self.inp, self.codes = nn.Linear(8, 32), nn.Parameter(torch.randn(32, 20))
 
         def forward(self, x):
-            return torch.cdist(self.inp(x), self.codes)
+            return torch.linalg.lstsq(self.codes, self.inp(x).T).solution
 
     with pytest.raises(
         UnsupportedOperator,
-        match=r"no rule for aten.cdist, which uses weight 'codes'(.|\n)*test_errors.py:\d+: return torch.cdist(.|\n)*operators.register",
+        match=r"no rule for aten.linalg_lstsq, which uses weight 'codes'(.|\n)*test_errors.py:\d+: return torch.linalg(.|\n)*operators.register",
     ):
-        derive(Distances())
+        derive(LeastSquares(), torch.randn(2, 8))
 
 
 def test_conflicting_uses_name_both_lines():

@@ -54,6 +54,16 @@ EXAMPLES = {
     "matrix_exp": (torch.matrix_exp, (R(3, 3),)),
     "linalg_qr": (lambda a: torch.linalg.qr(a)[0], (R(4, 3),)),
     "diagonal": (lambda x: x.diagonal(dim1=2, dim2=0), (R(3, 2, 4),)),
+    "addbmm": (torch.addbmm, (R(5, 4), R(2, 5, 3), R(2, 3, 4))),
+    "addmv": (torch.addmv, (R(5), R(5, 3), R(3))),
+    "addr": (torch.addr, (R(5, 3), R(5), R(3))),
+    "_pdist_forward": (F.pdist, (R(4, 3),)),
+    "trace": (torch.trace, (R(3, 3),)),
+    "diag_embed": (torch.diag_embed, (R(2, 3),)),
+    "conv_tbc": (torch.conv_tbc, (R(5, 2, 3), R(3, 3, 4), R(4))),
+    "linalg_cross": (torch.linalg.cross, (R(4, 3), R(4, 3))),
+    "linalg_cholesky_ex": (lambda a: torch.linalg.cholesky_ex(a @ a.T + torch.eye(3))[0], (R(3, 3),)),
+    "linalg_inv_ex": (lambda a: torch.linalg.inv_ex(a + 5 * torch.eye(3))[0], (R(3, 3),)),
     "outer": (torch.outer, (R(3), R(4))),
     "ger": (torch.ger, (R(3), R(4))),
     "bilinear": (F.bilinear, (R(2, 3), R(2, 4), R(5, 3, 4), R(5))),
@@ -113,6 +123,9 @@ EXAMPLES = {
     "softmax": (lambda x: x.softmax(-1), (R(2, 3),)),
     "_softmax": (lambda x: torch._softmax(x, -1, False), (R(2, 3),)),
     "log_softmax": (lambda x: x.log_softmax(-1), (R(2, 3),)),
+    "_log_softmax": (lambda x: torch._log_softmax(x, -1, False), (R(2, 3),)),
+    "log_sigmoid_forward": (F.logsigmoid, (R(2, 3),)),
+    "renorm": (lambda x: x.renorm(2, 0, 1.0), (R(2, 3),)),
     "where": (lambda x, y: torch.where(torch.tensor([True, False, True]), x, y), (R(2, 3), R(3))),
     "masked_fill": (lambda x: x.masked_fill(torch.tensor([True, False, False]), 0.0), (R(2, 3),)),
     "hardtanh": (F.hardtanh, (R(2, 3),)),
@@ -165,11 +178,22 @@ EXAMPLES = {
     "tensor_split": (lambda x: x.tensor_split(2, 1), (R(2, 6),)),
     "unsafe_chunk": (lambda x: x.unsafe_chunk(2, 1), (R(2, 6),)),
     "unsafe_split": (lambda x: x.unsafe_split(2, 1), (R(2, 6),)),
+    "unsafe_split_with_sizes": (lambda x: torch.unsafe_split_with_sizes(x, [2, 3], 1), (R(2, 5),)),
     "unbind": (lambda x: x.unbind(1), (R(2, 3),)),
     "flip": (lambda x: x.flip(0), (R(3, 3),)),
     "roll": (lambda x: x.roll(1, 0), (R(3, 3),)),
     "cumsum": (lambda x: x.cumsum(0), (R(3, 3),)),
     "cumprod": (lambda x: x.cumprod(0), (R(3, 3),)),
+    "cummax": (lambda x: x.cummax(0)[0], (R(3, 3),)),
+    "cummin": (lambda x: x.cummin(0)[0], (R(3, 3),)),
+    "logcumsumexp": (lambda x: x.logcumsumexp(0), (R(3, 3),)),
+    "index_fill": (lambda x: x.index_fill(0, torch.tensor([1]), 2.0), (R(3, 2),)),
+    "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), (R(2, 6, 3),)),
+    "_pack_padded_sequence": (lambda x: torch.nn.utils.rnn.pack_padded_sequence(x, [4, 3], batch_first=True).data, (R(2, 4, 5),)),
+    "_pad_packed_sequence": (
+        lambda x: torch._VF._pad_packed_sequence(x, torch.tensor([2, 2, 1]), False, 0.0, 3)[0],
+        (R(5, 3),),
+    ),
     "tril": (torch.tril, (R(3, 3),)),
     "triu": (torch.triu, (R(3, 3),)),
     "nan_to_num": (torch.nan_to_num, (R(3, 3),)),
@@ -181,6 +205,8 @@ EXAMPLES = {
     "col2im": (lambda x: F.fold(x, (3, 3), 2), (R(1, 12, 4),)),
     "unfold": (lambda x: x.unfold(1, 2, 1), (R(2, 4, 3),)),
     "index": (lambda x: x[:, torch.tensor([0, 2])], (R(2, 3, 4),)),
+    "_unsafe_index": (lambda x: torch.ops.aten._unsafe_index(x, [None, torch.tensor([0, 2])]), (R(2, 3, 4),)),
+    "index_reduce": (lambda x, y: x.index_reduce(0, torch.tensor([0]), y, "mean"), (R(2, 3), R(1, 3))),
     "index_select": (lambda x: x.index_select(1, torch.tensor([0, 2])), (R(2, 3),)),
     "copy": (lambda x, y: torch.ops.aten.copy(x, y), (R(2, 3), R(2, 3))),
     "index_put": (lambda x, y: x.index_put((torch.tensor([0]),), y), (R(2, 3), R(3))),
@@ -196,6 +222,11 @@ EXAMPLES = {
     "max": (lambda x: x.max(1).values, (R(2, 3),)),
     "min": (lambda x: x.min(1).values, (R(2, 3),)),
     "median": (lambda x: x.median(1).values, (R(2, 3),)),
+    "nanmedian": (lambda x: x.nanmedian(1).values, (R(2, 3),)),
+    "kthvalue": (lambda x: x.kthvalue(2, 1).values, (R(2, 3),)),
+    "mode": (lambda x: x.mode(1).values, (R(2, 3),)),
+    "aminmax": (lambda x: torch.aminmax(x, dim=1), (R(2, 3),)),
+    "nansum": (lambda x: x.nansum(1), (R(2, 3),)),
     "var": (lambda x: x.var(1), (R(2, 3),)),
     "std": (lambda x: x.std(1), (R(2, 3),)),
     "norm": (lambda x: torch.ops.aten.norm(x, 2, [1]), (R(2, 3),)),
@@ -217,6 +248,12 @@ EXAMPLES = {
     "adaptive_avg_pool3d": (lambda x: F.adaptive_avg_pool3d(x, 2), (R(2, 3, 4, 4, 4),)),
     "adaptive_max_pool1d": (lambda x: F.adaptive_max_pool1d(x, 2), (R(2, 3, 6),)),
     "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 2), (R(2, 3, 6, 6),)),
+    "adaptive_max_pool3d": (lambda x: F.adaptive_max_pool3d(x, 2), (R(2, 3, 4, 4, 4),)),
+    "fractional_max_pool2d": (
+        lambda x: F.fractional_max_pool2d(x, 2, output_size=2, _random_samples=torch.full((2, 3, 2), 0.5)),
+        (R(2, 3, 4, 4),),
+    ),
+    "max_unpool2d": (lambda x: F.max_unpool2d(x, torch.zeros(2, 3, 2, 2, dtype=torch.long), 2), (R(2, 3, 2, 2),)),
     "upsample_nearest1d": (lambda x: F.interpolate(x, scale_factor=2), (R(2, 3, 4),)),
     "upsample_nearest2d": (lambda x: F.interpolate(x, scale_factor=2), (R(2, 3, 4, 4),)),
     "upsample_nearest3d": (lambda x: F.interpolate(x, scale_factor=2), (R(1, 2, 3, 3, 3),)),
@@ -238,6 +275,9 @@ EXAMPLES = {
     "_upsample_bilinear2d_aa": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True), (R(2, 3, 4, 4),)),
     "_upsample_bicubic2d_aa": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True), (R(2, 3, 4, 4),)),
     **{f"fft_{name}": (getattr(torch.fft, name), (R(2, 3, 4),)) for name in FOURIER},
+    "_fft_r2c": (lambda x: torch.fft.rfftn(x, dim=(1, 2)), (R(2, 3, 4),)),
+    "_fft_c2r": (lambda x: torch.fft.irfftn(torch.complex(x, x), dim=(1, 2)), (R(2, 3, 4),)),
+    "_fft_c2c": (lambda x: torch.fft.ihfftn(x, dim=(1, 2)), (R(2, 3, 4),)),
     "topk": (lambda x: x.topk(2, 1).values, (R(2, 5),)),
     "sort": (lambda x: x.sort(1).values, (R(2, 5),)),
     "gather": (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1]])), (R(2, 5),)),
@@ -250,6 +290,12 @@ EXAMPLES = {
     "nll_loss": (lambda x: torch.ops.aten.nll_loss(x, CLASSES[:, 0], None, 0), (R(2, 5),)),
     "nll_loss_nd": (lambda x: F.nll_loss(x, CLASSES, reduction="none"), (R(2, 5, 3),)),
     "nll_loss2d": (lambda x: torch.ops.aten.nll_loss2d(x, CLASSES[..., None], None, 0), (R(2, 5, 3, 1),)),
+    "multi_margin_loss": (lambda x: torch.ops.aten.multi_margin_loss(x, CLASSES[:, 0], 1, 1.0, None, 0), (R(2, 5),)),
+    "_ctc_loss": (
+        lambda x: torch._ctc_loss(x.log_softmax(-1), torch.tensor([[1, 2], [1, 1]]), [8, 8], [2, 2], 0, False)[0],
+        (R(8, 2, 5),),
+    ),
+    "dist": (torch.dist, (R(2, 3), R(2, 3))),
     **{
         name: (lambda x, y, loss=loss: loss(x.sigmoid(), y.sigmoid(), reduction="none"), (R(2, 3), R(2, 3)))
         for name, loss in {
@@ -261,6 +307,7 @@ EXAMPLES = {
             "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
             "kl_div": F.kl_div,
             "poisson_nll_loss": F.poisson_nll_loss,
+            "soft_margin_loss": F.soft_margin_loss,
         }.items()
     },
 }
@@ -269,7 +316,7 @@ NO_VALUES = {
     **dict.fromkeys(
         [f"aten.{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")]
         + [f"aten.new_{kind}" for kind in ("zeros", "ones", "empty", "full")]
-        + ["aten.bernoulli"],
+        + [f"aten.{kind}" for kind in ("bernoulli", "normal", "uniform", "exponential", "geometric", "cauchy", "log_normal", "random")],
         "makes a new value",
     ),
     "aten.as_strided": "windows that overlap: no axis is known to be the same",
@@ -283,6 +330,7 @@ NO_VALUES = {
     "aten.detach": "hands its input on: no node",
     "aten.alias": "hands its input on: no node",
     "aten.type_as": "hands its input on: no node",
+    "aten.native_dropout": "draws a mask",
     "aten.dropout": "hands its input on in eval mode: no node",
     "aten.any": "bools are not recorded",
     "aten.all": "bools are not recorded",
@@ -314,6 +362,7 @@ def outputs_of(function, inputs):
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(name):
     function, inputs = EXAMPLES[name]
@@ -344,6 +393,19 @@ def test_an_entry_moves_only_outputs_with_its_own_index_on_every_shared_axis(nam
 
 PERMUTED = {
     *(f"fft_{name}" for name in FOURIER),
+    "_fft_c2c",
+    "_fft_c2r",
+    "_fft_r2c",
+    "_log_softmax",
+    "channel_shuffle",
+    "cummax",
+    "cummin",
+    "linalg_cholesky_ex",
+    "linalg_cross",
+    "linalg_inv_ex",
+    "logcumsumexp",
+    "max_unpool2d",
+    "renorm",
     "_softmax",
     "_weight_norm",
     "cumprod",
@@ -381,8 +443,8 @@ PERMUTED = {
     "sort",
 }
 """These keep an axis but mix or move its indices: the same dimension, other entries."""
-UNSHARED = {"fill"}
-"""No value of the input is left."""
+UNSHARED = {"fill", "_pdist_forward"}
+"""No value, or no axis, of the input is left."""
 
 
 def test_every_operator_of_the_table_has_an_example():
