@@ -112,8 +112,9 @@ def _torchvision(name: str, device: str, more: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
     none = {"weights_backbone": None} if name in _with_backbone() else {}
-    with torch.device(device):
-        return _patched(models.get_model_builder(name), more)(weights=None, **none)
+    build = _patched(models.get_model_builder(name), more)
+    with torch.device("cpu" if "regnet" in name else device):  # its constructor computes with tensors
+        return build(weights=None, **none).to(device)
 
 
 def _patched(builder: Callable[..., nn.Module], more: dict[str, Any]) -> Callable[..., nn.Module]:
@@ -191,7 +192,7 @@ TIMM_WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "swin_tiny_patch4_window7_224": lambda k: {"embed_dim": 96 * k, "num_heads": _times(k, 3, 6, 12, 24)},
     "swinv2_tiny_window8_256": lambda k: {"embed_dim": 96 * k, "num_heads": _times(k, 3, 6, 12, 24)},
     "test_vit": lambda k: {"embed_dim": 64 * k, "num_heads": 2 * k},
-    "test_resnet": lambda k: {"channels": _times(k, 32, 48, 48, 96)},
+    "test_resnet": lambda k: {"channels": _times(k, 32, 48, 48, 96), "stem_width": 16 * k},
     "twins_svt_small": lambda k: {"embed_dims": _times(k, 64, 128, 256, 512), "num_heads": _times(k, 2, 4, 8, 16)},
     "xcit_nano_12_p8_224": lambda k: {"embed_dim": 128 * k, "num_heads": 4 * k},
     "test_mambaout": lambda k: {"dims": _times(k, 16, 32, 48, 64)},

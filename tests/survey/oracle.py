@@ -26,18 +26,26 @@ class Exponents:
     muon: Fraction | None
 
 
-def growth(sizes: Sequence[int]) -> Fraction:
+def growth(sizes: Sequence[int]) -> Fraction | None:
     """The power of d that an axis follows: 0 if it has one length at every width, 2 if it is that, else 1 (also c·d + 64).
 
-    0 also where it rises and falls: 2, 1, 2 heads follow nothing.
+    None where it falls: 2, 1, 2 heads follow nothing, so that nothing can be said to be right.
     """
-    if sizes[-1] <= sizes[0] or any(b < a for a, b in pairwise(sizes)):
+    if any(b < a for a, b in pairwise(sizes)):
+        return None
+    if sizes[-1] == sizes[0]:
         return Fraction(0)
     first, last = sizes[0], sizes[-1]
     multiple = len(sizes)  # the widths are 1, 2, 3 times the first
     if last == first * multiple**2:
         return Fraction(2)
     return Fraction(1)
+
+
+def follows_a_law(sizes: Sequence[int]) -> bool:
+    """Whether the lengths are affine or a square: 8, 8, 16 are rounded, and their law is exact at no width."""
+    steps = {b - a for a, b in pairwise(sizes)}
+    return len(steps) == 1 or growth(sizes) == 2
 
 
 def shapes(models: Sequence[nn.Module]) -> dict[str, Shapes]:
@@ -75,8 +83,11 @@ def expected(models: Sequence[nn.Module]) -> dict[str, Exponents]:
             name = f"{path}.{short}" if path else short
             if name not in everything:
                 continue
-            axes = [growth(sizes) for sizes in zip(*everything[name], strict=True)]
+            laws = [growth(sizes) for sizes in zip(*everything[name], strict=True)]
             groups = growth([getattr(modules.get(path), "groups", 1) for modules in every])
+            axes = [law for law in laws if law is not None]
+            if len(axes) < len(laws) or groups is None:
+                continue
             found = _of_module(module, short, weight, axes, groups)
             if found is not None:
                 out[name] = found

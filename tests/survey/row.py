@@ -1,5 +1,6 @@
 """One model of the survey: what `derive` makes of it, compared with what is right."""
 
+import fnmatch
 import re
 import time
 from collections import Counter
@@ -9,9 +10,10 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from scaling import ScalingTable, derive
+from scaling.capture import record
 from scaling.errors import ScalingError
 from scaling.growth import growth_of
 from scaling.limits import WIDTH, exponent
@@ -123,7 +125,7 @@ def _without_inputs(model: nn.Module) -> tuple[str, ScalingTable | None]:
 
 
 def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingTable | None) -> dict[str, Any]:
-    models = {1: model} | _built(case)
+    models = {1: model} | _built(case, model)
     if len(models) == 1:
         return {"one_width": True}
     truth = {
@@ -131,7 +133,7 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     }
     if not any(any(axes) for axes in truth.values()):
         return {"one_width": True}  # what the builder multiplies reaches no weight
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"no_law": [f"{name}:{axis}" for name, axes in truth.items() for axis, law in enumerate(axes) if law is None]}
     try:
         factory = derive(
             lambda d: models[d // UNIT],
@@ -139,7 +141,7 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
             lambda d: case.inputs(models[d // UNIT])[1],
             widths=[UNIT * k for k in models],
         )
-        out["axes"] = sum(len([n for n in rule.shape if n > 1]) for rule in factory)
+        out["axes"] = sum(len([n for n in rule.shape if n > 1]) for rule in factory) - len(out["no_law"])
         out["factory"] = _wrong(factory, truth) + _inexact(factory, models)
         out |= _rules(factory, list(models.values()))
     except ScalingError as error:
@@ -164,18 +166,29 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
 
 
 def _sizes(inputs: Any) -> Any:
-    return tree_map_only(torch.Tensor, torch.Tensor.size, inputs)
+    return [leaf.shape if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in tree_leaves(inputs)], str(tree_structure(inputs))
 
 
-def _built(case: Case) -> dict[int, nn.Module]:
-    """The model at its other widths, as far as its builder can make them."""
+def _built(case: Case, model: nn.Module) -> dict[int, nn.Module]:
+    """The model at its other widths, as far as its builder can make them and they run."""
     out = {}
     for k in case.multiples[1:]:
         try:
             out[k] = case.build(k)
-        except Exception:  # whatever a config validator raises
+            args, kwargs = case.inputs(out[k])
+            _alike(out[k], model)
+            record(out[k], args, kwargs)
+        except Exception:  # whatever a config validator or a layer that does not fit raises
+            out.pop(k, None)
             break
     return out
+
+
+def _alike(other: nn.Module, model: nn.Module) -> None:
+    """The same training flags: a forward may differ by them."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    for name, module in other.named_modules():
+        module.training = flags.get(name, model.training)
 
 
 def _wrong(table: ScalingTable, truth: dict[str, list]) -> list[str]:
@@ -185,19 +198,21 @@ def _wrong(table: ScalingTable, truth: dict[str, list]) -> list[str]:
         for rule in table
         if rule.name in truth
         for axis, (dim, grows, size) in enumerate(zip(rule.dims, truth[rule.name], rule.shape, strict=True))
-        if size > 1 and dim.has(WIDTH) != (grows != 0)  # an axis of length 1 (a single head) is none that could be said to grow
+        if size > 1 and grows is not None and dim.has(WIDTH) != (grows != 0)  # an axis of length 1 (a single head) does not grow
     ]
 
 
 def _inexact(table: ScalingTable, models: dict[int, nn.Module]) -> list[str]:
-    """The weights whose lengths in d are not their shapes at every width."""
+    """The weights whose lengths in d are not their shapes at every width, where these follow a law."""
     out = []
+    every = [dict(model.named_parameters()) for model in models.values()]
     for k, model in models.items():
         weights = dict(model.named_parameters())
         out += [
             f"{rule.name} at {k}: {dims} for {tuple(weights[rule.name].shape)}"
             for rule in table
-            if (dims := tuple(sympy.Integer(1) * dim.subs(WIDTH, UNIT * k) for dim in rule.dims)) != tuple(weights[rule.name].shape)
+            if all(oracle.follows_a_law(sizes) for sizes in zip(*(weights_at[rule.name].shape for weights_at in every), strict=True))
+            and (dims := tuple(sympy.Integer(1) * dim.subs(WIDTH, UNIT * k) for dim in rule.dims)) != tuple(weights[rule.name].shape)
         ]
     return out
 
@@ -214,9 +229,10 @@ def _unsound(table: ScalingTable, shapes: dict[str, oracle.Shapes]) -> list[str]
     out = []
     for cls in table.classes:
         laws = {
-            tuple(shape[axis] for shape in shapes[name]): f"{name}:{axis}"
+            sizes: f"{name}:{axis}"
             for name, axis in cls.where
             if name in shapes and (name, axis) in single
+            if oracle.growth(sizes := tuple(shape[axis] for shape in shapes[name])) is not None
         }
         if len(laws) > 1:
             out.append(", ".join(f"{where} {law}" for law, where in laws.items()))
@@ -234,7 +250,7 @@ def _overrides(table: ScalingTable, truth: dict[str, list]) -> list[str] | None:
             (name, axis)
             for name, of in dims.items()
             for axis, dim in enumerate(of)
-            if axes.resolve(dim) and growth.grows(dim) != (truth[name][axis] != 0)
+            if axes.resolve(dim) and truth[name][axis] is not None and growth.grows(dim) != (truth[name][axis] != 0)
         ]
         said = [f"{option} {pattern}: {which}" for option, of in chosen.items() for pattern, which in of.items()]
         if not wrong:
@@ -252,12 +268,12 @@ def _most(wrong: list[tuple[str, int]], truth: dict[str, list]) -> tuple[str, st
     for name, axis in wrong:
         layer = re.sub(r"(?<![^.])\d+(?![^.])", "*", name.removeprefix("model."))
         found["grows" if truth[name][axis] != 0 else "fixed", f"*{layer}", (axis,)] += 1
-        parts = name.split(".")
+        parts = layer.split(".")
         for length in range(1, len(parts)):
-            part = ".".join(parts[:length]) + "."
-            inside = [axes for other, axes in truth.items() if other.startswith(part)]
+            part = ".".join(parts[:length]) + ".*"
+            inside = [axes for other, axes in truth.items() if fnmatch.fnmatchcase(other.removeprefix("model."), part)]
             if not any(any(axes) for axes in inside):
-                found["fixed", f"{part}*", tuple(range(max(map(len, inside))))] += 1
+                found["fixed", f"model.{part}", tuple(range(max(map(len, inside))))] += 1
                 break
     (option, pattern, which), _ = found.most_common(1)[0]
     return option, pattern, list(which)
@@ -314,6 +330,8 @@ def _reason(rule: WeightRule, want: oracle.Exponents) -> str:
     """Why the graph is right where shape and type alone are not; "" if it is not known to be."""
     shifts = [Fraction(str(exponent(block.target) - exponent(block.input_scale))) for block in rule.blocks]
     agree = [_agree(_exponents(block), want, shift=shift) for block, shift in zip(rule.blocks, shifts, strict=True)]
+    if rule.uses[0].operator == "aten.mul":
+        return f"the forward multiplies by it entry by entry: {_place(rule)}"
     if all(agree):
         return f"the forward multiplies or sums by a power of d: {rule.notes[0] if rule.notes else rule.uses[0].source}"
     finite = [
