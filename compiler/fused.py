@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compiler.kernels import advance_, apply_, runs_triton
 from compiler.maps import map_batch
+from compiler.msign import polar, storage
 from compiler.pieces import Piece
 
 __all__ = ["Bounds", "fits", "update_"]
@@ -61,7 +62,10 @@ class _Alike:
 
     def exponent(self, bounds: Bounds) -> tuple[Tensor, list[Tensor]]:
         """The power of two above every entry of G and B, and where B's largest is kept."""
-        largest = torch.stack(list(torch._foreach_norm(self.gradients, ord=math.inf))).float()
+        known = [piece.largest for piece in self.pieces if piece.largest is not None and piece.sizes[0] == 1]
+        if len(known) < len(self.pieces):
+            known = torch._foreach_norm(self.gradients, ord=math.inf)
+        largest = torch.stack(list(known)).float()
         held = []
         for piece in self.pieces:
             for B in piece.buffers.values():
@@ -87,24 +91,27 @@ def update_(chunk: list[Piece], bounds: Bounds) -> None:
     parts = [_Alike(pieces) for pieces in alike.values()]
     ordered = [piece for pieces in alike.values() for piece in pieces]
     first = chunk[0]
-    sides = min(first.sizes[1:]), max(first.sizes[1:])
-    batch = torch.empty(sum(len(part.weights) for part in parts), *sides, dtype=first.working, device=first.device)
-    row = 0
-    for part in parts:
+    sides, rows = (min(first.sizes[1:]), max(first.sizes[1:])), sum(len(part.weights) for part in parts)
+    at_once = first.o["map"] == "msign"
+    dtype = storage(first.working, first.device, first.o["accuracy"]) if at_once else first.working
+    batch = torch.empty(rows, *sides, dtype=dtype, device=first.device)
+    squares: list[Tensor] = []
+    for part, Phi in zip(parts, batch.split([len(part.weights) for part in parts]), strict=True):
         exponent, held = part.exponent(bounds)
         o = part.pieces[0].o
-        rows = batch[row : row + len(part.weights)]
-        _, largest = advance_(
-            part.gradients, part.buffers, rows, momentum=o["momentum"], nesterov=o["update"] == "nesterov", exponent=exponent,
+        square, largest = advance_(
+            part.gradients, part.buffers, Phi, momentum=o["momentum"], nesterov=o["update"] == "nesterov", exponent=exponent,
             finite=part.finite,
         )  # fmt: skip
+        squares.append(square)
         for old, new in zip(held, largest.split([len(old) for old in held]), strict=True):
             old.copy_(new)
-        row += len(part.weights)
-    U = map_batch(batch, ordered).contiguous()
+    # the factors that msign leaves to be applied are applied while U is written: one pass less, and no digits of fp16 lost
+    U, scales = polar(batch, torch.cat(squares), first.o["accuracy"]) if at_once else (map_batch(batch, ordered).contiguous(), None)
     row = 0
     for part in parts:
-        lane = part.pieces[0].lane
+        lane, those = part.pieces[0].lane, slice(row, row + len(part.weights))
         decay: Any = 1 - lane.lr * lane.decay
-        apply_(part.weights, U[row : row + len(part.weights)], scale=lane.lr, decay=decay, finite=part.finite)
+        scale = lane.lr if scales is None else scales[those] * lane.lr
+        apply_(part.weights, U[those], scale=scale, decay=decay, finite=part.finite)
         row += len(part.weights)

@@ -29,6 +29,7 @@ class Ready:
         name, W, group: its own.
         limit: the largest entry of a gradient that spoils no buffer.
         unread: whether the host may not ask what becomes of it in a step.
+        largest: the largest entry of its gradient, on the device, where the host may not ask.
         good: None where the host knows that the weight is updated; else a flag on the device.
         idle: whether only its state is made.
         state: of the optimizer.
@@ -42,6 +43,7 @@ class Ready:
     group: dict[str, Any]
     limit: float
     unread: bool
+    largest: Tensor | None = None
     good: Tensor | None = None
     idle: bool = False
     state: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +81,8 @@ def watched(entries: list[Ready]) -> Tensor:
             alike.setdefault((G.dtype, entry.limit), []).append(i)
     for (_, limit), members in alike.items():
         largest = torch.stack(list(torch._foreach_norm([entries[i].gradient for i in members], ord=math.inf)))  # pyright: ignore[reportArgumentType]
+        for i, size in zip(members, largest.unbind(), strict=True):
+            entries[i].largest = size
         for flags, some in ((spoilt, ~largest.le(limit)), (moves, largest != 0)):  # NaN is not within a limit
             for i, flag in zip(members, some.unbind(), strict=True):
                 flags[i] = flag

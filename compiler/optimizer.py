@@ -356,7 +356,8 @@ class SpectralOptimizer(Optimizer):
             low = views.pop() if LOW in state else None
             held = dict(zip(names, views[2:], strict=True))
             vectors = local(state[f"basis{number}"]) if keeps_vectors(o) else None
-            return Piece(views[0], views[1], held, low, lane, step, entry.good, sizes, vectors, entry.warm, *place)
+            largest = entry.largest if axes is None and not place else None
+            return Piece(views[0], views[1], held, low, lane, step, entry.good, sizes, vectors, entry.warm, *place, largest=largest)
 
         parts = plan.runs.get((entry.position, number)) if plan is not None else None
         if parts is not None and plan is not None:

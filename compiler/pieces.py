@@ -58,6 +58,7 @@ class Piece:
         vectors: where SN keeps its own.
         warm: whether SN may start from them.
         unit, run: what it is of a matrix that lies over ranks.
+        largest: |G|'s largest entry, on the device, where that is known of all of a weight.
     """
 
     W: Tensor
@@ -72,6 +73,7 @@ class Piece:
     warm: bool
     unit: int | None = None
     run: Run | None = None
+    largest: Tensor | None = None
 
     @property
     def o(self) -> dict[str, Any]:

@@ -9,10 +9,13 @@ No atomics: the same input gives the same bits. `TRITON_INTERPRET=1` runs them o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["advance_", "apply_", "symmetric"]
 
@@ -36,69 +39,121 @@ def _root(t):
 
 @triton.jit
 def _symmetric(
-    a, b, c, d, out, alpha, beta, delta, gamma, m, k, tiles,
+    a, b, left, right, c, d, out, alpha, beta, delta, gamma, m, k, triangle, tiles,
     a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, d_batch, d_row, out_batch, out_row,
     C: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    SIDE: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Write α·A·Bᵀ + β·C + δ·D + γ·I to out by the tiles of the lower triangle; each is written twice, the second time transposed.
 
-    Persistent: program p takes tiles p, p + programs, … of the whole batch, matrix after matrix.
+    Tiles are ROWS × COLS, COLS = ROWS or 2·ROWS. The ones on the diagonal reach above it where COLS is twice ROWS, and with those of the
+    row below fill a square of COLS: they are written once. Persistent: program p takes tiles p, p + programs, … of the whole batch,
+    matrix after matrix. With TMA, A and B are read through the descriptors left and right, of all matrices one below the other: what a
+    tile reads of the next matrix is not written.
     """
-    side = tl.cdiv(m, SIDE)
-    triangle = side * (side + 1) // 2
+    wide: tl.constexpr = COLS // ROWS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        matrix, t = (tile // triangle).to(tl.int64), tile % triangle
-        i = _root(t)
-        j = t - i * (i + 1) // 2
-        rows, cols, depth = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE), tl.arange(0, DEPTH)
-        left = a + matrix * a_batch + rows[:, None].to(tl.int64) * a_row + depth[None, :] * a_col
-        right = b + matrix * b_batch + cols[None, :].to(tl.int64) * b_row + depth[:, None] * b_col
-        acc = tl.zeros((SIDE, SIDE), tl.float32)
-        for start in tl.range(0, k, DEPTH):
-            if EVEN:
-                A, B = tl.load(left), tl.load(right)
-            else:
-                A = tl.load(left, mask=(rows[:, None] < m) & (depth[None, :] < k - start), other=0.0)
-                B = tl.load(right, mask=(cols[None, :] < m) & (depth[:, None] < k - start), other=0.0)
-            acc = tl.dot(A, B, acc, input_precision=PRECISION)
-            left += DEPTH * a_col
-            right += DEPTH * b_col
+        matrix, t = tile // triangle, tile % triangle
+        if wide == 1:
+            i = _root(t)
+            j = t - i * (i + 1) // 2
+        else:  # rows 2p and 2p + 1 have p + 1 tiles each
+            pair = _root(t // 2)
+            t -= pair * (pair + 1)
+            i = 2 * pair + t // (pair + 1)
+            j = t % (pair + 1)
+        acc = tl.zeros((ROWS, COLS), tl.float32)
+        if TMA:
+            for start in tl.range(0, k, DEPTH):
+                A = left.load([matrix * m + i * ROWS, start])
+                B = right.load([matrix * m + j * COLS, start])
+                acc = tl.dot(A, B.T, acc, input_precision=PRECISION)
+        rows, cols, matrix = i * ROWS + tl.arange(0, ROWS), j * COLS + tl.arange(0, COLS), matrix.to(tl.int64)
+        if not TMA:
+            depth = tl.arange(0, DEPTH)
+            A_at = a + matrix * a_batch + rows[:, None].to(tl.int64) * a_row + depth[None, :] * a_col
+            B_at = b + matrix * b_batch + cols[None, :].to(tl.int64) * b_row + depth[:, None] * b_col
+            for start in tl.range(0, k, DEPTH):
+                if EVEN:
+                    A, B = tl.load(A_at), tl.load(B_at)
+                else:
+                    A = tl.load(A_at, mask=(rows[:, None] < m) & (depth[None, :] < k - start), other=0.0)
+                    B = tl.load(B_at, mask=(cols[None, :] < m) & (depth[:, None] < k - start), other=0.0)
+                acc = tl.dot(A, B, acc, input_precision=PRECISION)
+                A_at += DEPTH * a_col
+                B_at += DEPTH * b_col
         inside = (rows[:, None] < m) & (cols[None, :] < m)
         at = rows[:, None].to(tl.int64)
         acc *= _coefficient(alpha, matrix, EACH[0])
         if C:
-            acc += _coefficient(beta, matrix, EACH[1]) * tl.load(c + matrix * c_batch + at * c_row + cols[None, :], mask=inside).to(
-                tl.float32
-            )
+            acc += _coefficient(beta, matrix, EACH[1]) * _read(c + matrix * c_batch + at * c_row + cols[None, :], inside, EVEN)
         if D:
-            acc += _coefficient(delta, matrix, EACH[2]) * tl.load(d + matrix * d_batch + at * d_row + cols[None, :], mask=inside).to(
-                tl.float32
-            )
+            acc += _coefficient(delta, matrix, EACH[2]) * _read(d + matrix * d_batch + at * d_row + cols[None, :], inside, EVEN)
         acc += tl.where(rows[:, None] == cols[None, :], _coefficient(gamma, matrix, EACH[3]), 0.0)
         result = acc.to(out.dtype.element_ty)
-        tl.store(out + matrix * out_batch + at * out_row + cols[None, :], result, mask=inside)
-        if i != j:
-            mirror = out + matrix * out_batch + cols[:, None].to(tl.int64) * out_row + rows[None, :]
-            tl.store(mirror, tl.trans(result), mask=(cols[:, None] < m) & (rows[None, :] < m))
+        place = out + matrix * out_batch + at * out_row + cols[None, :]
+        mirror = out + matrix * out_batch + cols[:, None].to(tl.int64) * out_row + rows[None, :]
+        if EVEN:
+            tl.store(place, result)
+            if j < i // wide:
+                tl.store(mirror, tl.trans(result))
+        else:
+            tl.store(place, result, mask=inside)
+            if j < i // wide:
+                tl.store(mirror, tl.trans(result), mask=(cols[:, None] < m) & (rows[None, :] < m))
 
 
-def symmetric(A: Tensor, B: Tensor, coefficients: list[float | Tensor], C: Tensor | None, D: Tensor | None, out: Tensor) -> Tensor:
+@triton.jit
+def _read(place, inside, EVEN: tl.constexpr):
+    """Numbers in fp32; EVEN: all are inside."""
+    return (tl.load(place) if EVEN else tl.load(place, mask=inside, other=0.0)).to(tl.float32)
+
+
+class Shape(NamedTuple):
+    """Of the tiles, and how a program works on one."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    resident: int = 1
+
+
+def shape_of(m: int, dtype: torch.dtype) -> Shape:
+    """What is fastest for m rows."""
+    if m <= 512:
+        return Shape(64, 64, 32 if dtype == torch.float32 else 64, 4, 4)
+    return Shape(128, 128, 32, 8, 3) if dtype == torch.float32 else Shape(128, 128, 64, 8, 4)
+
+
+def symmetric(
+    A: Tensor, B: Tensor, coefficients: list[float | Tensor], C: Tensor | None, D: Tensor | None, out: Tensor, shape: Shape | None = None
+) -> Tensor:
     """`compiler.kernels.symmetric`, for C, D and out with rows of stride 1."""
     batch, m, k = A.shape
-    side = 128 if m > 512 else 64
-    depth = 32 if A.dtype == torch.float32 else 64
-    n = triton.cdiv(m, side)
-    tiles = batch * n * (n + 1) // 2
+    rows, cols, depth, warps, stages, resident = shape or shape_of(m, A.dtype)
+    side, wide = triton.cdiv(m, rows), cols // rows
+    triangle = sum(i // wide + 1 for i in range(side))
+    tiles = batch * triangle
     each = tuple(isinstance(x, Tensor) for x in coefficients)
     c, d = out if C is None else C, out if D is None else D
-    _symmetric[(min(tiles, _programs(A.device)),)](
-        A, B, c, d, out, *coefficients, m, k, tiles,
+    described = A.dtype != torch.float32 and all(_describable(T) for T in (A, B))
+    left, right = (TensorDescriptor(T, [batch * m, k], [T.stride(1), 1], [n, depth]) for T, n in ((A, rows), (B, cols))) if described else (A, B)
+    _symmetric[(min(tiles, resident * _programs(A.device)),)](
+        A, B, left, right, c, d, out, *coefficients, m, k, triangle, tiles,
         *A.stride(), *B.stride(), c.stride(0), c.stride(1), d.stride(0), d.stride(1), out.stride(0), out.stride(1),
-        C=C is not None, D=D is not None, EACH=each, EVEN=m % side == 0 and k % depth == 0,
-        PRECISION="ieee", SIDE=side, DEPTH=depth, num_warps=8 if side == 128 else 4, num_stages=4,
+        C=C is not None, D=D is not None, EACH=each, EVEN=m % cols == 0 and (described or k % depth == 0), PRECISION="ieee",
+        ROWS=rows, COLS=cols, DEPTH=depth, TMA=described, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def _describable(T: Tensor) -> bool:
+    """Whether the tensor memory accelerator (Hopper and later) can read a batch as one matrix: rows evenly spaced, 16 bytes aligned."""
+    hopper = not T.is_cuda or torch.cuda.get_device_capability(T.device) >= (9, 0)
+    even = T.stride(2) == 1 and (T.size(0) == 1 or T.stride(0) == T.size(1) * T.stride(1))
+    return hopper and even and T.stride(1) * T.itemsize % 16 == 0 and T.data_ptr() % 16 == 0 and T.stride(1) >= T.size(2)
 
 
 def _programs(device: torch.device) -> int:

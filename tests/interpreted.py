@@ -22,11 +22,11 @@ def interpreter():
 
 def in_torch(function, *args, **kwargs):
     """The same call with Triton out of the way."""
-    found, kernels._runs_triton = kernels._runs_triton, lambda *_: None
+    found, kernels.runs_triton = kernels.runs_triton, lambda *_: None
     try:
         return function(*args, **kwargs)
     finally:
-        kernels._runs_triton = found
+        kernels.runs_triton = found
 
 
 @pytest.mark.parametrize("dtype", PRODUCTS, ids=str)

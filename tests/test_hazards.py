@@ -42,7 +42,7 @@ def test_a_gradient_of_any_size_moves_the_weight_by_the_spectral_norm_of_the_map
     U, optimizer = step_of(G, update="nesterov" if nesterov else "momentum", map=map, momentum=0.5, clip=min(100 / scale, 1e38))
     norm = torch.linalg.matrix_norm(U.double(), 2).item()
     if scale >= 1e-30:
-        assert 0.97 < norm < 1.01
+        assert 0.97 < norm < 1.013
         assert (U.double() * G.double()).sum() > 0
     else:
         assert 0 <= norm < 1.03

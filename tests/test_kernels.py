@@ -27,26 +27,32 @@ def test_the_triton_kernels_agree_with_torch_in_the_interpreter():
 
 
 COMPILED = """
-import sys
+import torch
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from compiler import triton_kernels as kernels
 
-def ptx(function, types, constants, aligned=()):
+def ptx(function, types, constants, aligned=(), shape=kernels.Shape(0, 0, 0, 4, 2)):
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attrs)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 4}).asm["ptx"]
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": shape.warps, "num_stages": shape.stages}).asm["ptx"]
 
-half, table = dict.fromkeys(["a", "b", "c", "d", "out"], "*fp16"), dict.fromkeys(["alpha"], "*fp32")
 numbers = dict.fromkeys(["beta", "delta", "gamma"], "fp32")
-constants = {"C": True, "D": True, "EACH": (True, False, False, False), "EVEN": True, "PRECISION": "ieee", "SIDE": 128, "DEPTH": 64}
-aligned = [n for n in kernels._symmetric.arg_names if n in half or n.endswith(("_batch", "_row")) or n in ("m", "k")]
-code = ptx(kernels._symmetric, {**half, **table, **numbers}, {**constants, "a_col": 1, "b_col": 1}, aligned)
-assert "wgmma.mma_async" in code, "no tensor cores"
-assert "cp.async" in code, "no pipeline"
+for shape in {kernels.shape_of(m, torch.float16) for m in (256, 2048)}:
+    for tma in (True, False):
+        operands = dict.fromkeys(["a", "b", "left", "right", "c", "d", "out"], "*fp16") | {"alpha": "*fp32"}
+        if tma:
+            operands |= {n: f"tensordesc<fp16[{rows}, {shape.depth}]>" for n, rows in (("left", shape.rows), ("right", shape.cols))}
+        constants = {"C": True, "D": True, "EACH": (True, False, False, False), "EVEN": True, "PRECISION": "ieee", "TMA": tma}
+        constants |= {"ROWS": shape.rows, "COLS": shape.cols, "DEPTH": shape.depth, "a_col": 1, "b_col": 1}
+        names = kernels._symmetric.arg_names
+        aligned = [n for n in names if operands.get(n) == "*fp16" or n.endswith(("_batch", "_row")) or n in ("m", "k")]
+        code = ptx(kernels._symmetric, {**operands, **numbers}, constants, aligned, shape)
+        assert "wgmma.mma_async" in code, "no tensor cores"
+        assert ("cp.async.bulk.tensor" if tma else "cp.async") in code, "no pipeline"
 import triton.language as tl
 tables = {"grads": "*i64", "buffers": "*i64", "weights": "*i64", "finite": "*i1"}
 numbers = dict.fromkeys(["factors", "squares", "largest", "momentum", "scale", "decay"], "*fp32")

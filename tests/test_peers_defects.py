@@ -155,7 +155,7 @@ def test_newton_schulz_quintic_overshoots_the_spectral_norm_by_a_fifth():
     SpectralOptimizer([W], 1.0).step()
     torch.optim.Muon([V], 1.0, weight_decay=0, adjust_lr_fn="original").step()
     ours, theirs = (torch.linalg.svdvals(X.detach()) for X in (W, V))
-    assert ours[0] < 1.01
+    assert ours[0] < 1.013
     assert ours[0] / ours[-1] < 1.03 < theirs[0] / theirs[-1]
 
 
