@@ -199,6 +199,7 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
         decided |= {atom: (True, "the axis that most matrices use") for atom in hub_leaves if atom not in decided}
     for dim in products:
         _choose_factor(axes, dim, decided, hub_leaves, size, heads)
+    _heads_apart(axes, weights, decided, heads)
     _spread(axes, weights, decided)
     for dim in singles:
         decided |= {atom: _single(atom, size) for atom in axes.leaves(dim) if atom not in decided}
@@ -208,6 +209,24 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
         atom: (_proportional(atom.size[0], size) if grows else sympy.Integer(atom.size[0]), reason)
         for atom, (grows, reason) in decided.items()
     }
+
+
+def _heads_apart(axes: Axes, weights: dict, decided: dict[Atom, tuple[bool, str]], heads: str) -> None:
+    """Of a weight (d, heads, head_dim), where the heads are no factor of a product, one of the two grows.
+
+    The axis that queries and keys are summed over is head_dim; the one beside it is the heads, in the values' weight too.
+    """
+    free = [
+        {atom for dim in dims for atom in axes.leaves(dim) if atom not in decided and not _anchored([atom])}
+        for _, dims in weights.values()
+        if len(dims) > 2
+    ]
+    free = [pair for pair in free if len(pair) == 2]
+    dotted = {atom for pair in free for atom in pair if "dot" in atom.facts}
+    number = {atom for pair in free if len(pair & dotted) == 1 for atom in pair - dotted}
+    for pair in (pair for pair in free if len(pair & number) == 1):
+        decided |= dict.fromkeys(pair & number, (heads == "grow", "heads of (heads, head_dim)"))
+        decided |= dict.fromkeys(pair - number, (heads == "fixed", "head_dim of (heads, head_dim)"))
 
 
 def _pieces(axes: Axes, dim: Dim) -> list[Dim]:

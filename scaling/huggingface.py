@@ -92,7 +92,7 @@ def _derived(config: Any, doubled: dict[str, Any]) -> dict[str, Any]:
     """What the config's constructor computes from other fields, where it is still what the constructor made it."""
     parameters = inspect.signature(type(config)).parameters
     takes = [name for name in parameters if name in vars(config)]
-    left_out = {name for name in takes if parameters[name].default in (None, "auto")}
+    left_out = {name for name in takes if parameters[name].default in (None, "auto") and _is_size(vars(config)[name])}
     try:
         given = {name: value for name, value in vars(config).items() if name not in left_out}
         computed = {name for name, value in vars(_built(config, takes, given)).items() if value == vars(config).get(name)}
@@ -102,6 +102,10 @@ def _derived(config: Any, doubled: dict[str, Any]) -> dict[str, Any]:
         return {}
     made = {name: value for name, value in vars(after).items() if name not in takes and isinstance(value, (int, float, list, tuple, dict))}
     return {name: value for name, value in made.items() if vars(before).get(name) == vars(config).get(name) != value}
+
+
+def _is_size(value: Any) -> bool:
+    return all(isinstance(item, (int, float)) for item in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _built(config: Any, takes: list[str], fields: dict[str, Any]) -> Any:

@@ -138,11 +138,13 @@ class Stream:
 
 @dataclass(eq=False)
 class Program:
-    """`steps` has (module, inputs): a function (d, modules made so far) -> module, or the number of an earlier module to use again."""
+    """`steps` has (module, inputs): a function (d, modules made so far) -> module, or the number of an earlier module to use again;
+    `made` has the step that made each stream."""
 
     streams: list = field(default_factory=list)
     steps: list = field(default_factory=list)
     weights: dict = field(default_factory=dict)
+    made: list = field(default_factory=lambda: [None, None])
     log: list = field(default_factory=list)
 
     def add(self, name, make, inputs, outputs, weights=None):
@@ -152,6 +154,7 @@ class Program:
         key = len(self.steps)
         self.steps.append((make, [self.streams.index(stream) for stream in inputs]))
         self.streams += outputs
+        self.made += [key] * len(outputs)
         self.log.append(f"{name}({', '.join(str(self.streams.index(s)) for s in inputs)})")
         for suffix, axes in (weights or {}).items():
             self.weights[f"steps.{key}.{suffix}" if suffix else f"steps.{key}"] = Weight(axes)
@@ -517,6 +520,7 @@ def per_head(draw, program):
     flat(source.axis)[0].heads = True
     heads, head = (size * Fraction(1, 8), fixed(8)) if heads_grow else (fixed(4), size * Fraction(1, 4))
     out = new(size)
+    flat(out)[0].heads = True
     rows, columns = new(head), new(head)
     if bank:
 
@@ -693,7 +697,7 @@ def again(draw, program):
     if not known:
         return
     key, stream, inputs = draw(st.sampled_from(known))
-    made = [i for i, (made, _) in enumerate(program.made) if made == key]
+    made = [i for i, step in enumerate(program.made) if step == key]
     if len(made) != 1 or not join(program.streams[inputs[0]].axis, stream.axis):
         return
     first = program.streams[made[0]]
@@ -703,6 +707,7 @@ def again(draw, program):
 STEPS = [
     linear, linear, linear, norm, channel_norm, activation, activation, elementwise, elementwise, concatenate, split, gated, attention,
     multihead, convolution, convolution, per_head, experts, low_rank, vectors, embedding, pooled, token_mixing, recurrent, bilinear,
+    again, again,
 ]  # fmt: skip
 
 

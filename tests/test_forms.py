@@ -203,3 +203,24 @@ def test_a_codebook_is_looked_up_whatever_finds_the_nearest_code():
 
     rule = table_of(run, codes=lambda n: nn.Embedding(11, n))["codes.weight"]
     assert (rule.role, rule.fan_in, rule.exponent("adam"), rule.exponent("init_std")) == ("embedding", 1, 0, 0)
+
+
+@pytest.mark.parametrize("heads", ["grow", "fixed"])
+def test_of_heads_and_head_dim_on_axes_of_their_own_one_grows(heads):
+    """XLNet's weights are (d, heads, head_dim); only queries and keys are summed over head_dim."""
+
+    class Attention(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.inp, self.out = nn.Linear(7, d), nn.Linear(d, 5)
+            self.q, self.k, self.v, self.o = (nn.Parameter(torch.randn(d, d // 16, 16)) for _ in range(4))
+
+        def forward(self, x):
+            h = self.inp(x)
+            q, k, v = (torch.einsum("btd,dnh->btnh", h, w) for w in (self.q, self.k, self.v))
+            weights = torch.einsum("bsnh,btnh->bnst", q, k).softmax(-1)
+            return self.out(torch.einsum("bsnh,dnh->bsd", torch.einsum("bnst,btnh->bsnh", weights, v), self.o))
+
+    table = derive(Attention(128), torch.zeros(2, 6, 7), heads=heads)
+    for name in "qkvo":
+        assert [dim.has(table.width) for dim in table[name].dims] == [True, heads == "grow", heads == "fixed"]

@@ -110,3 +110,28 @@ def test_building_the_twin_leaves_the_generator_alone(monkeypatch):
     before = torch.get_rng_state()
     assert at_twice_the_width(model) is not None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_twin_has_the_whole_numbers_that_the_forward_computes_shapes_with():
+    """A codec's paddings are buffers, and the meta device keeps no values."""
+    from transformers import EncodecConfig, EncodecModel
+
+    table = derive(EncodecModel(EncodecConfig(hidden_size=16, num_filters=4, num_lstm_layers=1, target_bandwidths=[1.5])))
+    assert not [note for note in table.notes if "guessed" in note]
+    assert all(cls.known for cls in table.classes)
+
+
+def test_a_twin_is_in_training_where_the_model_is():
+    model = bros().eval()
+    model.encoder.layer[0].train()
+    flags = {name: module.training for name, module in at_twice_the_width(model).named_modules()}
+    assert flags == {name: module.training for name, module in model.named_modules()}
+
+
+def test_a_field_that_its_constructor_fills_in_is_filled_in_again():
+    """DAC's codes stay as short as they are said to be; EnCodec's are as long as its hidden states, unless they are said not to be."""
+    from transformers import EncodecConfig, EncodecModel
+
+    small = {"hidden_size": 16, "num_filters": 4, "num_lstm_layers": 1, "target_bandwidths": [1.5]}
+    assert at_twice_the_width(EncodecModel(EncodecConfig(**small))).config.codebook_dim == 32
+    assert at_twice_the_width(EncodecModel(EncodecConfig(codebook_dim=8, **small))).config.codebook_dim == 8
