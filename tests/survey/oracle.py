@@ -43,9 +43,9 @@ def growth(sizes: Sequence[int]) -> Fraction | None:
 
 
 def follows_a_law(sizes: Sequence[int]) -> bool:
-    """Whether the lengths are affine or a square: 8, 8, 16 are rounded, and their law is exact at no width."""
+    """Whether the lengths are affine or a square: 8, 8, 16 are rounded, and no law is exact."""
     steps = {b - a for a, b in pairwise(sizes)}
-    return len(steps) == 1 or growth(sizes) == 2
+    return growth(sizes) is not None and (len(steps) == 1 or growth(sizes) == 2)
 
 
 def shapes(models: Sequence[nn.Module]) -> dict[str, Shapes]:

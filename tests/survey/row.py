@@ -150,7 +150,9 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     try:
         args, kwargs = case.inputs(model)
         same = _sizes((args, kwargs)) == _sizes(case.inputs(also))
-        out["also"] = _wrong(derive(model, args, kwargs, also=also) if same else derive(model, also=also), truth)
+        at_two = oracle.shapes([model, also])
+        of_two = {name: [oracle.growth(sizes) for sizes in zip(*shapes, strict=True)] for name, shapes in at_two.items()}
+        out["also"] = _wrong(derive(model, args, kwargs, also=also) if same else derive(model, also=also), of_two)
     except ScalingError as error:
         out["also"] = [_said(error)]
     if hasattr(model, "config") and without is not None:
