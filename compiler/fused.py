@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiler.kernels import advance_, apply_, runs_triton
-from compiler.maps import map_batch
+from compiler.maps import map_batch, peak
 from compiler.msign import polar, storage
+from compiler.norms import VECTORS, follow
 from compiler.pieces import Piece
 
-__all__ = ["Bounds", "fits", "update_"]
+__all__ = ["Bounds", "bytes_of", "fits", "update_"]
 
 Bounds = dict[Hashable, Tensor]
 """Momentum -> the largest entry of each of its matrices after the last step, on the device."""
@@ -37,16 +37,23 @@ def fits(piece: Piece) -> bool:
         and o["map"] in ("msign", "sn")
         and not o["maximize"]
         and runs_triton(piece.W, piece.G) is not None
-        and all(_stack(T, piece.sizes) is not None for T in (piece.W, piece.G, *piece.buffers.values()))
+        and all(_splits(T, piece.sizes) for T in (piece.W, piece.G, *piece.buffers.values()))
     )
 
 
-def _stack(T: Tensor, sizes: tuple[int, int, int]) -> Tensor | None:
-    """A view of shape (copies, out, in), if strides allow one."""
+def _splits(T: Tensor, sizes: tuple[int, int, int]) -> bool:
+    """Whether strides allow a view of shape (copies, out, in)."""
+    if T.shape == sizes[1:]:
+        return True
     try:
-        return T.view(sizes)
+        T.view(sizes)
     except RuntimeError:
-        return None
+        return False
+    return True
+
+
+def _matrices(T: Tensor, piece: Piece) -> list[Tensor]:
+    return [T] if T.shape == piece.sizes[1:] else list(T.view(piece.sizes).unbind())
 
 
 class _Alike:
@@ -78,25 +85,37 @@ class _Alike:
         return torch.frexp(largest.where(self.finite, 1)).exponent, held
 
 
-def _matrices(T: Tensor, piece: Piece) -> list[Tensor]:
-    return list(T.view(piece.sizes).unbind())
+def bytes_of(piece: Piece) -> int:
+    """Temporary memory that a piece takes: seven matrices like Φ in msign's storage if square, less if not; Φ alone with known vectors."""
+    if piece.o["map"] == "msign":
+        return 7 * math.prod(piece.sizes) * _storage(piece).itemsize
+    return (2 if _followed(piece) else peak(piece.o, warm=False)) * math.prod(piece.sizes) * _storage(piece).itemsize
+
+
+def _followed(piece: Piece) -> bool:
+    """Whether σ₁ is found from the vectors of the last step, all 16 of them."""
+    return piece.o["map"] == "sn" and not piece.o["strict"] and piece.warm and min(piece.sizes[1:]) >= VECTORS
+
+
+def _storage(piece: Piece) -> torch.dtype:
+    """Of the batch: what nothing is decided from but by sums of many entries may be rounded to fp16."""
+    if piece.o["map"] == "msign" or _followed(piece):
+        return storage(piece.working, piece.device, piece.o["accuracy"])
+    return piece.working
 
 
 def update_(chunk: list[Piece], bounds: Bounds) -> None:
     """Take the step of the pieces of a chunk, all of which `fits` has passed."""
     alike: dict[Hashable, list[Piece]] = {}
     for piece in chunk:
-        layout = [(T.dtype, T.view(piece.sizes).stride()) for T in (piece.W, piece.G, *piece.buffers.values())]
+        layout = [(T.dtype, T.stride()) for T in (piece.W, piece.G, *piece.buffers.values())]
         alike.setdefault((piece.key, piece.sizes[1:], *layout), []).append(piece)
     parts = [_Alike(pieces) for pieces in alike.values()]
-    ordered = [piece for pieces in alike.values() for piece in pieces]
     first = chunk[0]
-    sides, rows = (min(first.sizes[1:]), max(first.sizes[1:])), sum(len(part.weights) for part in parts)
-    at_once = first.o["map"] == "msign"
-    dtype = storage(first.working, first.device, first.o["accuracy"]) if at_once else first.working
-    batch = torch.empty(rows, *sides, dtype=dtype, device=first.device)
+    counts, sides = [len(part.weights) for part in parts], (min(first.sizes[1:]), max(first.sizes[1:]))
+    batch = torch.empty(sum(counts), *sides, dtype=_storage(first), device=first.device)
     squares: list[Tensor] = []
-    for part, Phi in zip(parts, batch.split([len(part.weights) for part in parts]), strict=True):
+    for part, Phi in zip(parts, batch.split(counts), strict=True):
         exponent, held = part.exponent(bounds)
         o = part.pieces[0].o
         square, largest = advance_(
@@ -104,14 +123,24 @@ def update_(chunk: list[Piece], bounds: Bounds) -> None:
             finite=part.finite,
         )  # fmt: skip
         squares.append(square)
-        for old, new in zip(held, largest.split([len(old) for old in held]), strict=True):
-            old.copy_(new)
-    # the factors that msign leaves to be applied are applied while U is written: one pass less, and no digits of fp16 lost
-    U, scales = polar(batch, torch.cat(squares), first.o["accuracy"]) if at_once else (map_batch(batch, ordered).contiguous(), None)
-    row = 0
-    for part in parts:
-        lane, those = part.pieces[0].lane, slice(row, row + len(part.weights))
-        decay: Any = 1 - lane.lr * lane.decay
-        scale = lane.lr if scales is None else scales[those] * lane.lr
-        apply_(part.weights, U[those], scale=scale, decay=decay, finite=part.finite)
-        row += len(part.weights)
+        if held:
+            torch._foreach_copy_(held, list(largest.split([len(old) for old in held])))
+    ordered = [piece for pieces in alike.values() for piece in pieces]
+    U, scales = _mapped(batch, torch.cat(squares), ordered, torch.cat([part.finite for part in parts]))
+    for part, those, scale in zip(parts, U.split(counts), scales.split(counts), strict=True):
+        lane = part.pieces[0].lane
+        apply_(part.weights, those, scale=scale * lane.lr, decay=1 - lane.lr * lane.decay, finite=part.finite)
+
+
+def _mapped(batch: Tensor, squares: Tensor, pieces: list[Piece], finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The update as a batch and a factor of each matrix, applied while it is written: one pass less, and no digits of fp16 are lost."""
+    first = pieces[0]
+    if first.o["map"] == "msign":
+        return polar(batch, squares, first.o["accuracy"])
+    if not _followed(first):
+        return map_batch(batch, pieces).contiguous(), torch.ones_like(squares)
+    bases = [piece.vectors for piece in pieces if piece.vectors is not None]
+    old = torch.cat(bases)
+    sigma, new = follow(batch, old)
+    torch._foreach_copy_(bases, list(new.where(finite[:, None, None], old).split([len(basis) for basis in bases])))
+    return batch, torch.where(sigma > 0, 1 / sigma, 0)

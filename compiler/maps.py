@@ -76,20 +76,23 @@ def _batch(piece: Mappable) -> tuple[Any, ...]:
     return min(out, into), max(out, into), piece.working, piece.device, *options
 
 
-def chunks(pieces: Sequence[M]) -> Iterator[list[M]]:
-    """The pieces in batches that keep within their workspace, but of at least one: of equal shape, or, without a map, of equal options."""
+def chunks(pieces: Sequence[M], size: Callable[[M], int] | None = None) -> Iterator[list[M]]:
+    """The pieces in batches that keep within their workspace, but of at least one: of equal shape, or, without a map, of equal options.
+
+    `size` is what one takes in bytes, `peak` of its Φ if not given.
+    """
     batches: dict[tuple[Any, ...], list[M]] = {}
     for piece in pieces:
         batches.setdefault(_batch(piece), []).append(piece)
     for batch in batches.values():
         chunk, used = [], 0
         for piece in batch:
-            size = peak(piece.o, warm=piece.warm) * math.prod(piece.sizes) * piece.working.itemsize
-            if chunk and used + size > piece.o["workspace"]:
+            needs = size(piece) if size else peak(piece.o, warm=piece.warm) * math.prod(piece.sizes) * piece.working.itemsize
+            if chunk and used + needs > piece.o["workspace"]:
                 yield chunk
                 chunk, used = [], 0
             chunk.append(piece)
-            used += size
+            used += needs
         yield chunk
 
 

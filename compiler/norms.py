@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiler import kernels
 from compiler.coefficients import MARGIN, SCHEDULES, quintics
 from compiler.errors import BadOption
 from compiler.msign import iterate, ldexp, power_of_two, require_matrices
 
-__all__ = ["Reduction", "ritz", "ritz_steps", "spectral_norm", "spectral_normalize", "start_of", "svc"]
+__all__ = ["Reduction", "follow", "ritz", "ritz_steps", "spectral_norm", "spectral_normalize", "start_of", "svc"]
 
 STAGES = 3
 """Of clipping where there is no SVD, whatever σ₁/τ: a number that depends on data would make the host wait."""
@@ -129,6 +130,38 @@ def ritz(A: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         krylov.append(_orthonormal(A @ (A.mT @ krylov[-1])))
     basis = _orthonormal(torch.cat(krylov, -1))
     return _largest(A.mT @ basis, basis, krylov[-1])
+
+
+def follow(X: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """σ₁ of matrices that have changed a little, by one step of a block power iteration: three passes over X. Needs the Triton kernels.
+
+    Args:
+        X: shape (B, m, n), m ≤ n, contiguous; fp16 on CUDA, entries of at most 1.
+        start: what the step before returned, (B, m, 16).
+
+    Returns:
+        σ₁ from below, but for rounding, and the vectors for the next step. The newest come first there, where the next step orthogonalizes
+        the others against them; the last of `start` makes room for a fresh one, for directions that no other has met.
+    """
+    triton = kernels.runs_triton(X)
+    assert triton is not None
+    Q = _columns(start_of(X, start.float()), X.dtype)
+    for A in (X.mT, X):
+        Q = _columns(_product(A, Q), X.dtype)
+    Z, Q = _product(X.mT, Q), Q.float()
+    sigma, turn = triton.ritz(Q.mT @ Q, Z.mT @ Z)
+    return sigma, Q @ turn.roll(1, -1)
+
+
+def _columns(Q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of length 1, or 0."""
+    size = torch.linalg.vector_norm(Q, dim=1, keepdim=True)
+    return (Q / size.where(size > 0, 1)).to(dtype)
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """A·B in fp32."""
+    return torch.bmm(A, B, out_dtype=torch.float32) if A.is_cuda and A.dtype != torch.float32 else A.float() @ B.float()
 
 
 Reduction = Generator[Tensor, Tensor, Any]

@@ -17,7 +17,7 @@ from compiler.blocks import block_view, covers, matrices
 from compiler.distributed import Plan, Weight
 from compiler.errors import BadGradient, NotReady
 from compiler.exchange import Traffic
-from compiler.fused import Bounds, fits, update_
+from compiler.fused import Bounds, bytes_of, fits, update_
 from compiler.gradients import Ready, over_any, read, watched
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
 from compiler.options import NEW_OPTIONS, check_group
@@ -223,7 +223,7 @@ class SpectralOptimizer(Optimizer):
             else:
                 shared.setdefault(piece.unit, []).append(piece)
         at_once = [fits(piece) for piece in alone]
-        for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if fit]):
+        for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if fit], bytes_of):
             update_(chunk, self._bounds)
         for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if not fit]):
             if chunk[0].o["map"] is None:

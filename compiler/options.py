@@ -40,7 +40,7 @@ NEW_OPTIONS: dict[str, Any] = {
     "maximize": False,
     "capturable": False,
     "master": False,
-    "workspace": 2**28,
+    "workspace": 2**30,
     "blocks": None,
 }
 """What a group, or a checkpoint from before an option existed, gets by default."""

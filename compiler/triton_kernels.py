@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["advance_", "apply_", "symmetric"]
+__all__ = ["Shape", "advance_", "apply_", "ritz", "shape_of", "symmetric"]
 
 TILE = 64
 """Side of a tile of `advance_` and `apply_`: 64 × 64 entries, of which rows and columns both fill whole lines of memory."""
@@ -62,13 +62,20 @@ def _symmetric(
             t -= pair * (pair + 1)
             i = 2 * pair + t // (pair + 1)
             j = t % (pair + 1)
+        rows, cols, matrix_ = i * ROWS + tl.arange(0, ROWS), j * COLS + tl.arange(0, COLS), matrix.to(tl.int64)
+        inside = (rows[:, None] < m) & (cols[None, :] < m)
+        at = rows[:, None].to(tl.int64)
+        if C:  # asked for now, they are there when the products are done
+            c_tile = _read(c + matrix_ * c_batch + at * c_row + cols[None, :], inside, EVEN)
+        if D:
+            d_tile = _read(d + matrix_ * d_batch + at * d_row + cols[None, :], inside, EVEN)
         acc = tl.zeros((ROWS, COLS), tl.float32)
         if TMA:
             for start in tl.range(0, k, DEPTH):
                 A = left.load([matrix * m + i * ROWS, start])
                 B = right.load([matrix * m + j * COLS, start])
                 acc = tl.dot(A, B.T, acc, input_precision=PRECISION)
-        rows, cols, matrix = i * ROWS + tl.arange(0, ROWS), j * COLS + tl.arange(0, COLS), matrix.to(tl.int64)
+        matrix = matrix_
         if not TMA:
             depth = tl.arange(0, DEPTH)
             A_at = a + matrix * a_batch + rows[:, None].to(tl.int64) * a_row + depth[None, :] * a_col
@@ -82,13 +89,11 @@ def _symmetric(
                 acc = tl.dot(A, B, acc, input_precision=PRECISION)
                 A_at += DEPTH * a_col
                 B_at += DEPTH * b_col
-        inside = (rows[:, None] < m) & (cols[None, :] < m)
-        at = rows[:, None].to(tl.int64)
         acc *= _coefficient(alpha, matrix, EACH[0])
         if C:
-            acc += _coefficient(beta, matrix, EACH[1]) * _read(c + matrix * c_batch + at * c_row + cols[None, :], inside, EVEN)
+            acc += _coefficient(beta, matrix, EACH[1]) * c_tile.to(tl.float32)
         if D:
-            acc += _coefficient(delta, matrix, EACH[2]) * _read(d + matrix * d_batch + at * d_row + cols[None, :], inside, EVEN)
+            acc += _coefficient(delta, matrix, EACH[2]) * d_tile.to(tl.float32)
         acc += tl.where(rows[:, None] == cols[None, :], _coefficient(gamma, matrix, EACH[3]), 0.0)
         result = acc.to(out.dtype.element_ty)
         place = out + matrix * out_batch + at * out_row + cols[None, :]
@@ -105,8 +110,8 @@ def _symmetric(
 
 @triton.jit
 def _read(place, inside, EVEN: tl.constexpr):
-    """Numbers in fp32; EVEN: all are inside."""
-    return (tl.load(place) if EVEN else tl.load(place, mask=inside, other=0.0)).to(tl.float32)
+    """EVEN: all are inside."""
+    return tl.load(place) if EVEN else tl.load(place, mask=inside, other=0.0)
 
 
 class Shape(NamedTuple):
@@ -118,6 +123,7 @@ class Shape(NamedTuple):
     warps: int
     stages: int
     resident: int = 1
+    registers: int | None = None
 
 
 def shape_of(m: int, dtype: torch.dtype) -> Shape:
@@ -132,21 +138,27 @@ def symmetric(
 ) -> Tensor:
     """`compiler.kernels.symmetric`, for C, D and out with rows of stride 1."""
     batch, m, k = A.shape
-    rows, cols, depth, warps, stages, resident = shape or shape_of(m, A.dtype)
+    rows, cols, depth, warps, stages, resident, registers = shape or shape_of(m, A.dtype)
     side, wide = triton.cdiv(m, rows), cols // rows
     triangle = sum(i // wide + 1 for i in range(side))
     tiles = batch * triangle
     each = tuple(isinstance(x, Tensor) for x in coefficients)
     c, d = out if C is None else C, out if D is None else D
     described = A.dtype != torch.float32 and all(_describable(T) for T in (A, B))
-    left, right = (TensorDescriptor(T, [batch * m, k], [T.stride(1), 1], [n, depth]) for T, n in ((A, rows), (B, cols))) if described else (A, B)
+    left, right = (
+        (TensorDescriptor(T, [batch * m, k], [T.stride(1), 1], [n, depth]) for T, n in ((A, rows), (B, cols))) if described else (A, B)
+    )
     _symmetric[(min(tiles, resident * _programs(A.device)),)](
         A, B, left, right, c, d, out, *coefficients, m, k, triangle, tiles,
         *A.stride(), *B.stride(), c.stride(0), c.stride(1), d.stride(0), d.stride(1), out.stride(0), out.stride(1),
         C=C is not None, D=D is not None, EACH=each, EVEN=m % cols == 0 and (described or k % depth == 0), PRECISION="ieee",
-        ROWS=rows, COLS=cols, DEPTH=depth, TMA=described, num_warps=warps, num_stages=stages,
+        ROWS=rows, COLS=cols, DEPTH=depth, TMA=described, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return out
+
+
+def _described(T: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    return TensorDescriptor(T, [T.size(0) * T.size(1), T.size(2)], [T.stride(1), 1], [rows, depth])
 
 
 def _describable(T: Tensor) -> bool:
@@ -154,6 +166,50 @@ def _describable(T: Tensor) -> bool:
     hopper = not T.is_cuda or torch.cuda.get_device_capability(T.device) >= (9, 0)
     even = T.stride(2) == 1 and (T.size(0) == 1 or T.stride(0) == T.size(1) * T.stride(1))
     return hopper and even and T.stride(1) * T.itemsize % 16 == 0 and T.data_ptr() % 16 == 0 and T.stride(1) >= T.size(2)
+
+
+@triton.jit
+def _ritz(before, after, sigma, turn, SQUARINGS: tl.constexpr, SHIFT: tl.constexpr, K: tl.constexpr):
+    """For one matrix: the largest λ of after·v = λ·before·v, and the inverse of the Cholesky factor of before, transposed."""
+    matrix = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    at = matrix * K * K + i * K + j
+    G, H = tl.load(before + at), tl.load(after + at)
+    one = tl.where(i == j, 1.0, 0.0)
+    trace = tl.sum(tl.sum(G * one, 1), 0)
+    G += one * (SHIFT * trace + 1e-30)
+    L = one
+    for k in tl.static_range(K):  # Gauss on [G | I]: the right half becomes the inverse of the factor
+        pivot = tl.sum(tl.sum(tl.where((i == k) & (j == k), G, 0.0), 1), 0)
+        root = 1.0 / tl.sqrt(tl.maximum(pivot, SHIFT * trace + 1e-30))
+        row, below = tl.sum(tl.where(i == k, G, 0.0), 0)[None, :] * root, tl.sum(tl.where(j == k, G, 0.0), 1)[:, None] * root
+        inverse = tl.sum(tl.where(i == k, L, 0.0), 0)[None, :] * root
+        G -= tl.where(i > k, below * row, 0.0)
+        L = tl.where(i == k, inverse, L - tl.where(i > k, below * inverse, 0.0))
+    H = tl.dot(tl.dot(L, H, input_precision="ieee"), tl.trans(L), input_precision="ieee")
+    P = H
+    for _ in tl.static_range(SQUARINGS):
+        size = tl.sum(tl.sum(tl.abs(P) * one, 1), 0)
+        P = P / tl.where(size > 0, size, 1.0)
+        P = tl.dot(P, P, input_precision="ieee")
+    size = tl.sum(tl.sum(P * one, 1), 0)
+    tl.store(sigma + matrix, tl.sqrt(tl.maximum(tl.sum(tl.sum(H * P, 1), 0) / tl.where(size > 0, size, 1.0), 0.0)))
+    tl.store(turn + at, tl.trans(L))
+
+
+def ritz(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest singular value of X over a block of 16 vectors Y, from G = YᵀY and H = (XᵀY)ᵀ(XᵀY); and T, so that Y·T is orthonormal.
+
+    Args:
+        before: G, shape (batch, 16, 16), fp32, contiguous.
+        after: H, likewise.
+
+    Returns:
+        √λ of H·v = λ·G·v, shape (batch,), never more than σ₁ of X but by rounding, as G is shifted by 16 ε of its trace; and T like G.
+    """
+    sigma, turn = before.new_empty(len(before)), torch.empty_like(before)
+    _ritz[(len(before),)](before, after, sigma, turn, SQUARINGS=20, SHIFT=2.0**-20, K=16, num_warps=1)
+    return sigma, turn
 
 
 def _programs(device: torch.device) -> int:

@@ -27,6 +27,7 @@ CLIP = 10_000.0
 """λ of the SVC row. Gradients have σ₁ = 0.01 (momenta.SIZE), the first Φ is (1 - μ²)·G: λ·σ₁(Φ) is about 10."""
 
 APART = "ours, default, weights apart"
+GRAPHED = "ours, default, CUDA graph"
 GRAM_NS, EMERGING, PYTORCH = "gram-newton-schulz", "emerging-optimizers", "pytorch-optimizer"
 PE, FULL, GRAM = {"coefficient_type": "polar_express"}, {"fp32_matmul_prec": "highest"}, {"ns_method": "gram_newton_schulz"}
 
@@ -107,6 +108,24 @@ class _Apart:
             optimizer.step()
 
 
+class _Graphed:
+    """The step as a CUDA graph, captured after three steps: for gradients that stay where they are."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.optimizer, self.taken, self.graph = _ours()(weights), 0, None
+
+    def step(self) -> None:
+        self.taken += 1
+        if self.taken <= 3:
+            self.optimizer.step()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.optimizer.step()
+        self.graph.replay()
+
+
 def _ours(map: str | None = "msign", accuracy: str = "default") -> Callable[[Weights], Steps]:
     def build(weights: Weights) -> Steps:
         return SpectralOptimizer(weights, 1.0, "nesterov", map, momentum=MOMENTUM, accuracy=accuracy, clip=CLIP)
@@ -178,6 +197,7 @@ def contestants(device: torch.device) -> list[Contestant]:
     return [
         *(by(f"ours, {level}", "", _ours(accuracy=level), _our_floor(level, device)) for level in SCHEDULES),
         by(APART, "", _Apart, _our_floor("default", device), options="an optimizer for each weight"),
+        by(GRAPHED, "", _Graphed, _our_floor("default", device), options="the step as a CUDA graph", cuda=True),
         by("ours, SN", "", _ours("sn"), Floor(between=3), kind="sn"),
         by("ours, SVC", "", _ours("svc"), None, kind="svc", options=f"clip={CLIP:g}"),
         by("AdamW, fused", "torch", _peer("torch.optim:AdamW", weight_decay=0.0, fused=True), Floor(passes=7, between=0), kind=""),

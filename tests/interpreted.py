@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from compiler import kernels
+from compiler.norms import follow
 from compiler.triton_kernels import _root
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -171,3 +172,29 @@ def test_slices_of_weights_are_taken_where_they_lie():
 def test_the_same_input_gives_the_same_bits():
     A = torch.randn(2, 100, 60)
     assert torch.equal(kernels.symmetric(A), kernels.symmetric(A))
+
+
+def test_the_spectral_norm_of_a_drifting_matrix_is_followed():
+    """As Φ drifts with momentum 0.9; then a direction that was not there before takes the lead."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(3, 40, 60, generator=generator) * torch.logspace(0, -2, 40)[:, None]
+    basis = torch.linalg.qr(torch.randn(3, 40, 16, generator=generator))[0]
+    for step in range(14):
+        X = 0.9 * X + 0.1 * torch.randn(3, 40, 60, generator=generator) * torch.logspace(0, -2, 40)[:, None]
+        if step == 10:
+            X[:, 39] += 3 * X.square().sum((1, 2), keepdim=True).sqrt()[..., 0] * torch.nn.functional.normalize(torch.randn(3, 60), dim=1)
+        Y = X / X.abs().amax((1, 2), keepdim=True)
+        sigma, basis = follow(Y, basis)
+        ratio = sigma / torch.linalg.matrix_norm(Y, 2)
+        if step > 1:
+            assert ratio.min() > 0.998
+            assert ratio.max() < 1 + 1e-5
+
+
+def test_the_spectral_norm_of_zero_and_of_rank_one():
+    basis = torch.linalg.qr(torch.randn(2, 20, 16))[0]
+    X = torch.stack([torch.zeros(20, 30), torch.outer(torch.randn(20), torch.randn(30))])
+    for _ in range(3):
+        sigma, basis = follow(X, basis)
+        assert basis.isfinite().all()
+        torch.testing.assert_close(sigma, torch.linalg.matrix_norm(X, 2), rtol=1e-4, atol=1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_capturable import model, optimizer_of, set_gradients
 
+from compiler import SpectralOptimizer
 from compiler import optimizer as module
 from compiler.fused import fits, update_
 
@@ -56,3 +57,23 @@ def test_a_checkpoint_continues_bit_for_bit():
         set_gradients(W, step), set_gradients(V, step)
         optimizer.step(), resumed.step()
     assert all(torch.equal(w, v) for w, v in zip(W, V, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sn_follows_its_vectors_through_the_kernels(dtype):
+    """Tall and wide in one batch: every update has spectral norm 1 to within what SN states, and the vectors of a spoilt weight stay."""
+    W = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((20, 33), (33, 20), (20, 33))]
+    optimizer = SpectralOptimizer(W, 1.0, map="sn", capturable=True)
+    for step in range(6):
+        before = [w.detach().clone() for w in W]
+        set_gradients(W, step)
+        if step == 4:
+            W[2].grad[0, 0] = torch.nan
+            kept = optimizer.state[W[2]]["basis0"].clone()
+        optimizer.step()
+        for w, b in zip(W[:2], before[:2], strict=True):
+            norm = torch.linalg.matrix_norm((w - b).double(), 2).item()
+            assert 1 - 2e-2 < norm < 1.01 + (2e-2 if dtype == torch.bfloat16 else 0)
+        if step == 4:
+            assert torch.equal(W[2], before[2])
+            assert torch.equal(optimizer.state[W[2]]["basis0"], kept)
