@@ -86,10 +86,14 @@ class _Alike:
 
 
 def bytes_of(piece: Piece) -> int:
-    """Temporary memory that a piece takes: seven matrices like Φ in msign's storage if square, less if not; Φ alone with known vectors."""
+    """Temporary memory that a piece takes: under msign (copies, m, n) before and after, and four operands and R, or Q and the result."""
+    copies, out, into = piece.sizes
+    m, n = min(out, into), max(out, into)
     if piece.o["map"] == "msign":
-        return 7 * math.prod(piece.sizes) * _storage(piece).itemsize
-    return (2 if _followed(piece) else peak(piece.o, warm=False)) * math.prod(piece.sizes) * _storage(piece).itemsize
+        entries = 2 * m * n + max(5 * m * m, m * m + m * n)
+    else:
+        entries = (2 if _followed(piece) else peak(piece.o, warm=False)) * m * n
+    return copies * entries * _storage(piece).itemsize
 
 
 def _followed(piece: Piece) -> bool:

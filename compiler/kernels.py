@@ -1,7 +1,7 @@
 """Products known to be symmetric, and the passes over the weights before and after them: Triton on CUDA, torch elsewhere.
 
-Nothing here waits for the device: numbers that depend on data stay in tensors. What was not measured on a GPU yet: all of it. The
-Triton code is checked entry by entry against torch in its interpreter, and compiled for sm_90 by tests that need no device.
+Nothing here waits for the device: numbers that depend on data stay in tensors. The Triton code is checked entry by entry against torch
+in its interpreter, and compiled for sm_90 by tests that need no device.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from compiler.errors import BadOption
 __all__ = ["advance_", "apply_", "runs_triton", "symmetric"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-FEWEST_TILES = 264
-"""Below two tiles for each of an H100's 132 multiprocessors `torch.baddbmm` takes over. From measurements of others on such kernels
-(GPU.md §4: they lose below m = 1024 for a single matrix); not measured here."""
 
 SPLIT, PANEL = 384, 128
 """On a CPU, from SPLIT rows on, the triangle is computed by strips of PANEL rows. Measured on one core of an EPYC with AVX-512, against
@@ -50,7 +46,6 @@ def runs_triton(*tensors: Tensor) -> ModuleType | None:
 
 def symmetric(
     A: Tensor,
-    B: Tensor | None = None,
     *,
     alpha: float | Tensor = 1.0,
     C: Tensor | None = None,
@@ -60,12 +55,11 @@ def symmetric(
     gamma: float | Tensor = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """α·A·Bᵀ + β·C + δ·D + γ·I, where A·Bᵀ is known to be symmetric: half of it is computed, and mirrored.
+    """α·A·Aᵀ + β·C + δ·D + γ·I, of which half is computed, and mirrored.
 
     Args:
         A: shape (batch, m, k), any strides.
-        B: like A; A itself if not given.
-        alpha: of A·Bᵀ; like the others a number, or a tensor of shape (batch,) on the device.
+        alpha: of A·Aᵀ; like the others a number, or a tensor of shape (batch,) on the device.
         C: shape (batch, m, m), symmetric.
         beta: of C.
         D: like C.
@@ -77,13 +71,12 @@ def symmetric(
         out. Products are summed in fp32 (fp64 for fp64), the rest added in fp32, and rounded once on CUDA.
     """
     out = A.new_empty(*A.shape[:2], A.size(1)) if out is None else out
-    B = A if B is None else B
     kernels = runs_triton(A)
-    if kernels is not None and (not A.is_cuda or _tiles(A) >= FEWEST_TILES):
+    if kernels is not None:
         C, D = (None if T is None else T if T.stride(2) == 1 else T.contiguous() for T in (C, D))
         scalars: list[float | Tensor] = [x.float() if isinstance(x, Tensor) else float(x) for x in (alpha, beta, delta, gamma)]
-        return kernels.symmetric(A, B, scalars, C, D, out)
-    _symmetric(A, B, alpha, C, beta, out)
+        return kernels.symmetric(A, scalars, C, D, out)
+    _symmetric(A, alpha, C, beta, out)
     if D is not None:
         out.addcmul_(D, _each(delta).to(D.dtype)) if isinstance(delta, Tensor) else out.add_(D, alpha=delta)
     if isinstance(gamma, Tensor) or gamma != 0:
@@ -91,24 +84,19 @@ def symmetric(
     return out
 
 
-def _tiles(A: Tensor) -> int:
-    side = -(-A.size(1) // 128)
-    return A.size(0) * side * (side + 1) // 2
-
-
-def _symmetric(A: Tensor, B: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor, out: Tensor) -> None:
-    """α·A·Bᵀ + β·C in torch."""
+def _symmetric(A: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor, out: Tensor) -> None:
+    """α·A·Aᵀ + β·C in torch."""
     if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-        _symmetric(A, B, 1.0, None, 0.0, out)
+        _symmetric(A, 1.0, None, 0.0, out)
         out.mul_(_each(alpha))
         if C is not None:
             out.addcmul_(C, _each(beta).to(C.dtype)) if isinstance(beta, Tensor) else out.add_(C, alpha=beta)
         return
     C, beta = (out, 0.0) if C is None else (C, beta)
     if A.is_cuda or A.size(1) < SPLIT:
-        torch.baddbmm(C, A, B.mT, alpha=alpha, beta=beta, out=out)
+        torch.baddbmm(C, A, A.mT, alpha=alpha, beta=beta, out=out)
         return
-    for a, b, c, o in zip(A, B.mT, C, out, strict=True):
+    for a, b, c, o in zip(A, A.mT, C, out, strict=True):
         for start in range(0, len(a), PANEL):
             stop = min(start + PANEL, len(a))
             torch.addmm(c[start:stop, :stop], a[start:stop], b[:, :stop], alpha=alpha, beta=beta, out=o[start:stop, :stop])

@@ -148,9 +148,9 @@ def follow(X: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     Q = _columns(start_of(X, start.float()), X.dtype)
     for A in (X.mT, X):
         Q = _columns(_product(A, Q), X.dtype)
-    Z, Q = _product(X.mT, Q), Q.float()
-    sigma, turn = triton.ritz(Q.mT @ Q, Z.mT @ Z)
-    return sigma, Q @ turn.roll(1, -1)
+    Z = _product(X.mT, Q).to(X.dtype)
+    sigma, turn = triton.ritz(_product(Q.mT, Q), _product(Z.mT, Z))
+    return sigma, Q.float() @ turn.roll(1, -1)
 
 
 def _columns(Q: Tensor, dtype: torch.dtype) -> Tensor:

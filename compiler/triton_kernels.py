@@ -6,9 +6,11 @@ No atomics: the same input gives the same bits. `TRITON_INTERPRET=1` runs them o
 # The arguments of a kernel are pointers and numbers, and a launch does not have the types of the function:
 # ruff: noqa: ANN001, ANN202
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -39,56 +41,46 @@ def _root(t):
 
 @triton.jit
 def _symmetric(
-    a, b, left, right, c, d, out, alpha, beta, delta, gamma, m, k, triangle, tiles,
-    a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, d_batch, d_row, out_batch, out_row,
+    a, rows_of_a, c, d, out, alpha, beta, delta, gamma, m, k, triangle, tiles,
+    a_batch, a_row, a_col, c_batch, c_row, d_batch, d_row, out_batch, out_row,
     C: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+    SIDE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Write α·A·Bᵀ + β·C + δ·D + γ·I to out by the tiles of the lower triangle; each is written twice, the second time transposed.
+    """Write α·A·Aᵀ + β·C + δ·D + γ·I to out by the tiles of the lower triangle; each is written twice, the second time transposed.
 
-    Tiles are ROWS × COLS, COLS = ROWS or 2·ROWS. The ones on the diagonal reach above it where COLS is twice ROWS, and with those of the
-    row below fill a square of COLS: they are written once. Persistent: program p takes tiles p, p + programs, … of the whole batch,
-    matrix after matrix. With TMA, A and B are read through the descriptors left and right, of all matrices one below the other: what a
-    tile reads of the next matrix is not written.
+    Persistent: program p takes tiles p, p + programs, … of the whole batch, matrix after matrix. With TMA, A is read through the
+    descriptor rows_of_a, of all matrices one below the other: what a tile reads of the next matrix is not written.
     """
-    wide: tl.constexpr = COLS // ROWS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        matrix, t = tile // triangle, tile % triangle
-        if wide == 1:
-            i = _root(t)
-            j = t - i * (i + 1) // 2
-        else:  # rows 2p and 2p + 1 have p + 1 tiles each
-            pair = _root(t // 2)
-            t -= pair * (pair + 1)
-            i = 2 * pair + t // (pair + 1)
-            j = t % (pair + 1)
-        rows, cols, matrix_ = i * ROWS + tl.arange(0, ROWS), j * COLS + tl.arange(0, COLS), matrix.to(tl.int64)
+        matrix, t = (tile // triangle).to(tl.int64), tile % triangle
+        i = _root(t)
+        j = t - i * (i + 1) // 2
+        rows, cols = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE)
         inside = (rows[:, None] < m) & (cols[None, :] < m)
         at = rows[:, None].to(tl.int64)
         if C:  # asked for now, they are there when the products are done
-            c_tile = _read(c + matrix_ * c_batch + at * c_row + cols[None, :], inside, EVEN)
+            c_tile = _read(c + matrix * c_batch + at * c_row + cols[None, :], inside, EVEN)
         if D:
-            d_tile = _read(d + matrix_ * d_batch + at * d_row + cols[None, :], inside, EVEN)
-        acc = tl.zeros((ROWS, COLS), tl.float32)
+            d_tile = _read(d + matrix * d_batch + at * d_row + cols[None, :], inside, EVEN)
+        acc = tl.zeros((SIDE, SIDE), tl.float32)
         if TMA:
+            above = tile // triangle * m
             for start in tl.range(0, k, DEPTH):
-                A = left.load([matrix * m + i * ROWS, start])
-                B = right.load([matrix * m + j * COLS, start])
-                acc = tl.dot(A, B.T, acc, input_precision=PRECISION)
-        matrix = matrix_
-        if not TMA:
+                left = rows_of_a.load([above + i * SIDE, start])
+                acc = tl.dot(left, rows_of_a.load([above + j * SIDE, start]).T, acc, input_precision=PRECISION)
+        else:
             depth = tl.arange(0, DEPTH)
-            A_at = a + matrix * a_batch + rows[:, None].to(tl.int64) * a_row + depth[None, :] * a_col
-            B_at = b + matrix * b_batch + cols[None, :].to(tl.int64) * b_row + depth[:, None] * b_col
+            left_at = a + matrix * a_batch + at * a_row + depth[None, :] * a_col
+            right_at = a + matrix * a_batch + cols[None, :].to(tl.int64) * a_row + depth[:, None] * a_col
             for start in tl.range(0, k, DEPTH):
                 if EVEN:
-                    A, B = tl.load(A_at), tl.load(B_at)
+                    left, right = tl.load(left_at), tl.load(right_at)
                 else:
-                    A = tl.load(A_at, mask=(rows[:, None] < m) & (depth[None, :] < k - start), other=0.0)
-                    B = tl.load(B_at, mask=(cols[None, :] < m) & (depth[:, None] < k - start), other=0.0)
-                acc = tl.dot(A, B, acc, input_precision=PRECISION)
-                A_at += DEPTH * a_col
-                B_at += DEPTH * b_col
+                    left = tl.load(left_at, mask=(rows[:, None] < m) & (depth[None, :] < k - start), other=0.0)
+                    right = tl.load(right_at, mask=(cols[None, :] < m) & (depth[:, None] < k - start), other=0.0)
+                acc = tl.dot(left, right, acc, input_precision=PRECISION)
+                left_at += DEPTH * a_col
+                right_at += DEPTH * a_col
         acc *= _coefficient(alpha, matrix, EACH[0])
         if C:
             acc += _coefficient(beta, matrix, EACH[1]) * c_tile.to(tl.float32)
@@ -100,11 +92,11 @@ def _symmetric(
         mirror = out + matrix * out_batch + cols[:, None].to(tl.int64) * out_row + rows[None, :]
         if EVEN:
             tl.store(place, result)
-            if j < i // wide:
+            if i != j:
                 tl.store(mirror, tl.trans(result))
         else:
             tl.store(place, result, mask=inside)
-            if j < i // wide:
+            if i != j:
                 tl.store(mirror, tl.trans(result), mask=(cols[:, None] < m) & (rows[None, :] < m))
 
 
@@ -115,57 +107,64 @@ def _read(place, inside, EVEN: tl.constexpr):
 
 
 class Shape(NamedTuple):
-    """Of the tiles, and how a program works on one."""
+    """How a product is cut: into tiles of side × side, depth columns at a time."""
 
-    rows: int
-    cols: int
+    side: int
     depth: int
     warps: int
     stages: int
-    resident: int = 1
-    registers: int | None = None
+    resident: int
+    tma: bool
 
 
-def shape_of(m: int, dtype: torch.dtype) -> Shape:
-    """What is fastest for m rows."""
-    if m <= 512:
-        return Shape(64, 64, 32 if dtype == torch.float32 else 64, 4, 4)
-    return Shape(128, 128, 32, 8, 3) if dtype == torch.float32 else Shape(128, 128, 64, 8, 4)
+FEW, LARGE = 264, 4096
+"""Fewer than two tiles of 128 × 128 for each of 132 multiprocessors: smaller ones. From LARGE rows on the tensor memory accelerator.
+Measured on an H200 (examples/results/symmetric_cuda.txt): 64 against 128 wide 0.009 and 0.014 ms for one matrix of 768 rows, 0.029 and
+0.034 ms for 32 of 512, 0.92 and 0.64 ms for 32 of 2048; with it against without 0.53 and 0.55 ms for 4 of 4096, 1.90 and 2.21 ms for
+6 of 4096 × 11008, but 0.67 and 0.64 ms for 32 of 2048, and 0.1 ms of the host's time for each launch."""
+
+
+def shape_of(batch: int, m: int, dtype: torch.dtype) -> Shape:
+    """What is fastest for a batch of m rows."""
+    side = -(-m // 128)
+    if m <= 512 or batch * side * (side + 1) // 2 < FEW:
+        return Shape(64, 32 if dtype == torch.float32 else 64, 4, 4, 3, tma=False)
+    if dtype == torch.float32:
+        return Shape(128, 32, 8, 3, 1, tma=False)
+    return Shape(128, 64, 8, 4, 1, tma=m >= LARGE)
 
 
 def symmetric(
-    A: Tensor, B: Tensor, coefficients: list[float | Tensor], C: Tensor | None, D: Tensor | None, out: Tensor, shape: Shape | None = None
+    A: Tensor, coefficients: list[float | Tensor], C: Tensor | None, D: Tensor | None, out: Tensor, shape: Shape | None = None
 ) -> Tensor:
     """`compiler.kernels.symmetric`, for C, D and out with rows of stride 1."""
     batch, m, k = A.shape
-    rows, cols, depth, warps, stages, resident, registers = shape or shape_of(m, A.dtype)
-    side, wide = triton.cdiv(m, rows), cols // rows
-    triangle = sum(i // wide + 1 for i in range(side))
-    tiles = batch * triangle
-    each = tuple(isinstance(x, Tensor) for x in coefficients)
+    side, depth, warps, stages, resident, tma = shape or shape_of(batch, m, A.dtype)
+    tma = tma and _describable(A)
+    n = triton.cdiv(m, side)
+    triangle = n * (n + 1) // 2
     c, d = out if C is None else C, out if D is None else D
-    described = A.dtype != torch.float32 and all(_describable(T) for T in (A, B))
-    left, right = (
-        (TensorDescriptor(T, [batch * m, k], [T.stride(1), 1], [n, depth]) for T, n in ((A, rows), (B, cols))) if described else (A, B)
-    )
-    _symmetric[(min(tiles, resident * _programs(A.device)),)](
-        A, B, left, right, c, d, out, *coefficients, m, k, triangle, tiles,
-        *A.stride(), *B.stride(), c.stride(0), c.stride(1), d.stride(0), d.stride(1), out.stride(0), out.stride(1),
-        C=C is not None, D=D is not None, EACH=each, EVEN=m % cols == 0 and (described or k % depth == 0), PRECISION="ieee",
-        ROWS=rows, COLS=cols, DEPTH=depth, TMA=described, num_warps=warps, num_stages=stages, maxnreg=registers,
+    _symmetric[(min(batch * triangle, resident * _programs(A.device)),)](
+        A, TensorDescriptor(A, [batch * m, k], [A.stride(1), 1], [side, depth]) if tma else A, c, d, out, *coefficients,
+        m, k, triangle, batch * triangle,
+        *A.stride(), c.stride(0), c.stride(1), d.stride(0), d.stride(1), out.stride(0), out.stride(1),
+        C=C is not None, D=D is not None, EACH=tuple(isinstance(x, Tensor) for x in coefficients),
+        EVEN=m % side == 0 and (tma or k % depth == 0), PRECISION="ieee", SIDE=side, DEPTH=depth, TMA=tma,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
-
-
-def _described(T: Tensor, rows: int, depth: int) -> TensorDescriptor:
-    return TensorDescriptor(T, [T.size(0) * T.size(1), T.size(2)], [T.stride(1), 1], [rows, depth])
 
 
 def _describable(T: Tensor) -> bool:
     """Whether the tensor memory accelerator (Hopper and later) can read a batch as one matrix: rows evenly spaced, 16 bytes aligned."""
     hopper = not T.is_cuda or torch.cuda.get_device_capability(T.device) >= (9, 0)
-    even = T.stride(2) == 1 and (T.size(0) == 1 or T.stride(0) == T.size(1) * T.stride(1))
-    return hopper and even and T.stride(1) * T.itemsize % 16 == 0 and T.data_ptr() % 16 == 0 and T.stride(1) >= T.size(2)
+    even = T.stride(2) == 1 and (T.size(0) == 1 or T.stride(0) == T.size(1) * T.stride(1)) and T.stride(1) >= T.size(2)
+    return hopper and even and T.stride(1) * T.itemsize % 16 == 0 and T.data_ptr() % 16 == 0
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit
@@ -210,10 +209,6 @@ def ritz(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     sigma, turn = before.new_empty(len(before)), torch.empty_like(before)
     _ritz[(len(before),)](before, after, sigma, turn, SQUARINGS=20, SHIFT=2.0**-20, K=16, num_warps=1)
     return sigma, turn
-
-
-def _programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

@@ -111,8 +111,8 @@ class _Apart:
 class _Graphed:
     """The step as a CUDA graph, captured after three steps: for gradients that stay where they are."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.optimizer, self.taken, self.graph = _ours()(weights), 0, None
+    def __init__(self, map: str, weights: Weights) -> None:
+        self.optimizer, self.taken, self.graph = _ours(map)(weights), 0, None
 
     def step(self) -> None:
         self.taken += 1
@@ -197,8 +197,9 @@ def contestants(device: torch.device) -> list[Contestant]:
     return [
         *(by(f"ours, {level}", "", _ours(accuracy=level), _our_floor(level, device)) for level in SCHEDULES),
         by(APART, "", _Apart, _our_floor("default", device), options="an optimizer for each weight"),
-        by(GRAPHED, "", _Graphed, _our_floor("default", device), options="the step as a CUDA graph", cuda=True),
-        by("ours, SN", "", _ours("sn"), Floor(between=3), kind="sn"),
+        by(GRAPHED, "", partial(_Graphed, "msign"), _our_floor("default", device), cuda=True),
+        by("ours, SN", "", _ours("sn"), Floor(between=5), kind="sn"),
+        by("ours, SN, CUDA graph", "", partial(_Graphed, "sn"), Floor(between=5), kind="sn", cuda=True),
         by("ours, SVC", "", _ours("svc"), None, kind="svc", options=f"clip={CLIP:g}"),
         by("AdamW, fused", "torch", _peer("torch.optim:AdamW", weight_decay=0.0, fused=True), Floor(passes=7, between=0), kind=""),
         by("torch.optim.Muon", "torch", _peer("torch.optim:Muon", **plain), _standard(bf16), scale=_tall),

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from compiler import kernels
+from compiler import kernels, triton_kernels
 from compiler.norms import follow
 from compiler.triton_kernels import _root
 
@@ -58,20 +58,30 @@ def test_symmetric_products_are_those_of_torch(dtype, batch, m, k):
 
 
 @pytest.mark.parametrize("dtype", PRODUCTS, ids=str)
-def test_two_operands_and_any_strides(dtype):
-    """A·B with A and B polynomials of one matrix, stored as columns, as a slice, as every second row."""
-    R = torch.randn(2, 80, 80, dtype=torch.float64) / 9
-    A = R @ R.mT
-    B = A @ A
-    A, B = A.to(dtype), B.to(dtype)
-    exact = A.double() @ B.double().mT
+def test_operands_of_any_strides(dtype):
+    """A slice of columns, every second row of the result, columns for rows."""
+    A = torch.randn(2, 80, 80).to(dtype) / 9
+    exact = A.double() @ A.double().mT
     wide = torch.zeros(2, 80, 100, dtype=dtype)
     wide[..., 10:90] = A
     out = torch.zeros(2, 80, 96, dtype=dtype)[..., :80]
-    kernels.symmetric(wide[..., 10:90], B.mT.contiguous().mT, out=out)
+    kernels.symmetric(wide[..., 10:90], out=out)
     torch.testing.assert_close(out.double(), exact, rtol=EPS[dtype], atol=4 * EPS[dtype] * exact.abs().max().item())
     tall = torch.randn(2, 70, 40).to(dtype)
     torch.testing.assert_close(kernels.symmetric(tall.mT).double(), tall.mT.double() @ tall.double(), rtol=EPS[dtype], atol=0.02)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("m", "k"), [(72, 40), (128, 64), (136, 72)])
+def test_tiles_that_reach_into_the_next_matrix(m, k, tma):
+    """The descriptor of the tensor memory accelerator holds all matrices one below the other."""
+    A = (torch.randn(3, m, k) / k**0.5).half()
+    C = torch.randn(3, m, m).half()
+    C = (C + C.mT) / 2
+    out = torch.full((3, m, m), float("nan")).half()
+    triton_kernels.symmetric(A, [0.5, -1.0, 1.0, 2.0], C, None, out, triton_kernels.Shape(64, 32, 4, 3, 1, tma=tma))
+    exact = 0.5 * A.double() @ A.double().mT - C.double() + 2 * torch.eye(m)
+    torch.testing.assert_close(out.double(), exact, rtol=EPS[A.dtype], atol=4 * EPS[A.dtype])
 
 
 @triton.jit

@@ -181,6 +181,7 @@ def test_a_step_through_the_kernels_is_the_step_through_torch():
 
 
 @CUDA
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("map", ["msign", "sn", None])
 @pytest.mark.parametrize("update", UPDATES)
 def test_on_cuda_no_step_waits_for_the_device(update, map):
@@ -230,3 +231,23 @@ def test_a_graph_of_the_first_step_is_refused():
     set_gradients(W, 0)
     with pytest.raises(NotReady, match="one step outside"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("map", ["msign", "sn"])
+def test_a_step_on_cuda_is_the_step_on_a_cpu(map, dtype):
+    """To the rounding of fp16: tall and wide, square, of no even size, and so many that it takes large tiles."""
+    shapes = [(96, 200), (200, 96), (130, 130), (33, 70)] + [(640, 640)] * 16
+    W = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    V = [nn.Parameter(w.detach().to("cuda")) for w in W]
+    a, b = (SpectralOptimizer(X, 1.0, "nesterov", map) for X in (W, V))
+    for step in range(5):
+        before = [v.detach().clone() for v in V]
+        set_gradients(W, step), set_gradients(V, step)
+        a.step(), b.step()
+        for v, old in zip(V, before, strict=True):
+            U = (v - old).double()
+            assert 0.97 < torch.linalg.matrix_norm(U, 2) < 1.02 + (0.02 if dtype == torch.bfloat16 else 0)
+    for w, v in zip(W, V, strict=True):
+        torch.testing.assert_close(v.cpu(), w, rtol=0, atol=0.02)

