@@ -6,7 +6,7 @@ No atomics: the same input gives the same bits. `TRITON_INTERPRET=1` runs them o
 # The arguments of a kernel are pointers and numbers, and a launch does not have the types of the function:
 # ruff: noqa: ANN001, ANN202
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
