@@ -104,7 +104,7 @@ def _followed(piece: Piece) -> bool:
 def _storage(piece: Piece) -> torch.dtype:
     """Of the batch: what nothing is decided from but by sums of many entries may be rounded to fp16."""
     if piece.o["map"] == "msign" or _followed(piece):
-        return storage(piece.working, piece.device, piece.o["accuracy"])
+        return storage(min(piece.sizes[1:]), piece.working, piece.device, piece.o["accuracy"])
     return piece.working
 
 

@@ -19,8 +19,13 @@ ROUGH = ("fast",)
 """Levels whose first chunk is taken in bf16 where that is faster; of the steepest descent value "default" would keep 0.966, not 0.973."""
 
 ROOM = 0.9
-"""What the singular values are multiplied by after a part in bf16, whose error of up to 5 % would else take some beyond where the next part
-holds: measured without it, a spectral norm of 2 on one of twelve real momenta."""
+"""What the singular values are multiplied by after a first part in half precision. Its error, of up to 5 % in bf16 and up to 10 % in fp16
+where a few rows hold nearly all of a matrix and nothing averages out, would else take some beyond where the next part holds, by 1.8 %
+("high") or 2.6 %: emulated without it in fp16, a spectral norm of 3 ("default") or Inf ("high") on three in a thousand 3 × 3 matrices
+and one in two thousand 32 × 32 ones, drawn with rows, columns and spectra of all sizes; with it 1.017 and 1.002 from 8 rows on."""
+
+FEWEST_ROWS = 16
+"""Below, matrices are stored in fp32 everywhere: they cost nothing, and fp16 is at its worst there."""
 
 
 @torch.no_grad()
@@ -40,12 +45,13 @@ def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
             "exact"   8 × 1    [1e-4, 1]      [0.998, 1.00002]
             ========= ======== ============== ==================
 
-            Below its interval a level multiplies σ by up to 177, 620, 2062 and 21900. On CUDA all but "exact" keep operands in fp16,
-            with sums in fp32: that adds up to 1.5e-3 to the image, turns directions with σ at the lower end of the interval by 8 %
-            (60 × 60, an H200), and makes singular values of up to 0.015, 0.05 and 0.15 of a null space. On a CPU with fast bf16
-            products the first part of "fast" is taken in bf16 from 256 rows on: directions then turn by up to 1.2 % (off-diagonal
-            of UᵀYV, real momenta), and the image starts a little lower. On a CPU "exact" is the SVD in fp64: every σ above
-            max(m, n)·ε·σ₁ (ε of X's dtype) becomes 1, every smaller one 0.
+            Below its interval a level multiplies σ by up to 177, 620, 2062 and 21900. On CUDA all but "exact" keep operands in fp16
+            from 16 rows on, with sums in fp32: intervals then start 1.11 times as high, factors are as much lower, rounding adds up to
+            5e-3 to the image, turns directions with σ at the lower end of the interval by 8 % (60 × 60, an H200), and makes singular
+            values of up to 0.015, 0.05 and 0.15 of a null space. On a CPU with fast bf16 products the first part of "fast" is taken
+            in bf16 from 256 rows on: directions then turn by up to 1.2 % (off-diagonal of UᵀYV, real momenta), and the image starts a
+            little lower. On a CPU "exact" is the SVD in fp64: every σ above max(m, n)·ε·σ₁ (ε of X's dtype) becomes 1, every
+            smaller one 0.
 
     Returns:
         A new tensor of X's shape and dtype, without a gradient. A zero matrix gives zero. Norms from the smallest subnormal to the
@@ -69,7 +75,7 @@ def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
     if accuracy == "exact" and X.device.type == "cpu":
         A = _svd(A, torch.finfo(X.dtype).eps)
     else:
-        A = A.to(storage(X.dtype, X.device, accuracy)).reshape(-1, *A.shape[-2:])
+        A = A.to(storage(A.size(-2), X.dtype, X.device, accuracy)).reshape(-1, *A.shape[-2:])
         squares = torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.promote_types(A.dtype, torch.float32)).square()
         A, scale = polar(A, squares, accuracy)
         A = (A.to(scale.dtype) * scale[:, None, None]).reshape(good.shape[:-2] + A.shape[-2:])
@@ -110,11 +116,11 @@ def ldexp(X: Tensor, exponent: Tensor) -> Tensor:
     return X.ldexp(half.to(X.dtype)).ldexp((exponent - half).to(X.dtype))
 
 
-def storage(dtype: torch.dtype, device: torch.device, accuracy: str) -> torch.dtype:
-    """What `polar` wants its matrices in: fp16 on CUDA, whose products are summed in fp32; else, and for "exact", fp32; fp64 for fp64."""
+def storage(rows: int, dtype: torch.dtype, device: torch.device, accuracy: str) -> torch.dtype:
+    """What `polar` wants matrices of so many rows in, the shorter side: fp16 on CUDA, where sums are in fp32; fp64 for fp64; else fp32."""
     if dtype == torch.float64:
         return dtype
-    return torch.float16 if device.type == "cuda" and accuracy != "exact" else torch.float32
+    return torch.float16 if device.type == "cuda" and accuracy != "exact" and rows >= FEWEST_ROWS else torch.float32
 
 
 def polar(A: Tensor, squares: Tensor, accuracy: str) -> tuple[Tensor, Tensor]:
@@ -156,19 +162,21 @@ def iterate(A: Tensor, schedule: Schedule, *, scale: Tensor | None = None, rough
     for number, chunk in enumerate(schedule.chunks):
         half = rough and number < len(schedule.chunks) - 1
         Y = Y.to(torch.bfloat16 if half else working)
-        Q = _program(kernels.symmetric(Y, alpha=square), chunk, identity=not half)
+        room = ROOM if number == 0 and Y.dtype.itemsize == 2 else 1.0
+        Q = _program(kernels.symmetric(Y, alpha=square), chunk, room=room, identity=not half)
         # in bf16 the large multiple of I would cost Q its digits: X gets it exactly
-        Y = torch.baddbmm(Y, Q, Y, alpha=ROOM, beta=ROOM * chunk[-1][3]) if half else torch.bmm(Q, Y)
+        Y = torch.baddbmm(Y, Q, Y, beta=room * chunk[-1][3]) if half else torch.bmm(Q, Y)
     return Y.reshape(*batch, m, n)
 
 
-def _program(R: Tensor, chunk: tuple[Product, ...], *, identity: bool = True) -> Tensor:
-    """Q, a polynomial of R, by the products of `compiler.programs`; four matrices of R's size as workspace."""
+def _program(R: Tensor, chunk: tuple[Product, ...], *, room: float = 1.0, identity: bool = True) -> Tensor:
+    """room·Q, Q a polynomial of R, by the products of `compiler.programs`; four matrices of R's size as workspace."""
     before, last, spare = R, R, [torch.empty_like(R) for _ in chunk[:3]]
     for k, (a, b, d, g) in enumerate(chunk):
         final = k == len(chunk) - 1
         other = R if final else before
-        g = g if final and identity else 0.0
+        if final:
+            a, b, d, g = room * a, room * b, room * d, room * g if identity else 0.0
         before, last = last, kernels.symmetric(last, alpha=a, C=last, beta=b, D=other if d else None, delta=d, gamma=g, out=spare[k % 3])
     return last
 

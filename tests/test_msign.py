@@ -9,6 +9,7 @@ from compiler import msign
 from compiler.coefficients import MARGIN, SCHEDULES
 from compiler.errors import NotAMatrix
 from compiler.msign import iterate
+from compiler.msign import polar as polar_of
 from scaling.errors import UnknownName
 
 SHAPES = [(8, 8), (5, 40), (40, 5), (1, 7), (7, 1), (1, 1), (3, 20, 30), (2, 3, 30, 20)]
@@ -41,6 +42,21 @@ def in_half(device, level):
     return device.type == "cuda" and level != "exact"
 
 
+@pytest.mark.parametrize("level", ["fast", "default", "high"])
+@pytest.mark.parametrize(("m", "n", "count"), [(16, 16, 1000), (16, 64, 500), (32, 32, 300)])
+def test_fp16_diverges_on_no_matrix(level, m, n, count):
+    """Rows, columns and spectra of all sizes. Without room after the first part, one in a thousand has a norm of 1.3 to 300."""
+    U, V = (torch.linalg.qr(torch.randn(count, side, m))[0] for side in (m, n))
+    s = torch.exp(-12 * torch.rand(count, 1) * torch.rand(count, m).sort(1)[0])
+    s = s * (torch.arange(m) < torch.randint(1, m + 1, (count, 1))) + 1e-5
+    X = (U * s[:, None]) @ V.mT
+    for side in ((count, m, 1), (count, 1, n)):
+        X = X * torch.exp(4 * torch.randn(side) * torch.rand(count, 1, 1) * (torch.rand(count, 1, 1) < 0.6))
+    A = (X / X.abs().amax((1, 2), keepdim=True)).half()
+    Y, scale = polar_of(A, A.float().square().sum((1, 2)), level)
+    assert torch.linalg.matrix_norm(Y.float() * scale[:, None, None], 2).max() < 1.03
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_is_the_polar_factor(shape, device):
     X = torch.randn(shape, dtype=torch.float64)
@@ -58,7 +74,7 @@ def test_every_level_keeps_its_word(level, m, n, device):
     Y = msign(X.float().to(device), accuracy=level).cpu().double()
     low, high = schedule.image
     S = torch.linalg.svdvals(Y)[: len(s)]
-    rounding, turned = (1.5e-3, 0.2) if in_half(device, level) else (1e-4, 1e-3)
+    rounding, turned = (5e-3, 0.2) if in_half(device, level) else (1e-4, 1e-3)
     assert low - rounding <= S.min()
     assert S.max() <= high + rounding
     assert torch.linalg.matrix_norm(Y - exact, 2) <= max(1 - low, high - 1) + turned
