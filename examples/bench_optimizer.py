@@ -46,7 +46,7 @@ SUITES: dict[str, dict[str, Shapes]] = {
 SETS = 4
 """Gradient sets in rotation: no step finds its gradients in a cache."""
 ROUNDS = {"cuda": 50, "cpu": 20}
-WARM_UP = {"cuda": 10, "cpu": 2}
+WARM_UP = {"cuda": 5, "cpu": 2}
 PASSES = {"cuda": 2, "cpu": 1}
 """On CUDA, where weights and state of all would not fit, one contestant after the other, and all of them again."""
 HOPELESS = 60_000.0
