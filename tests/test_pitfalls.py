@@ -318,10 +318,10 @@ def test_p45_a_threshold_after_msign_shrinks_the_update_and_one_before_it_does_n
 
 
 def test_p54_what_grows_is_not_told_by_coincidence_of_sizes():
-    """A vocabulary, a context and inputs as long as the width are fixed; d² is d² and no multiple of d."""
-    table = derive(MLP(64, inputs=64, outputs=64), (torch.zeros(4, 64),))
+    """A vocabulary, a context and inputs as long as the width are fixed, outputs where a second model says so; d² is no multiple of d."""
+    table = derive(MLP(64, inputs=64, outputs=64), (torch.zeros(4, 64),), also=MLP(96, inputs=64, outputs=64))
     assert [table[f"{name}.weight"].role for name in ("first", "second", "head")] == ["input", "hidden", "output"]
-    table = derive(GPT(64, vocab=64, length=64), ids())
+    table = derive(GPT(64, vocab=64, length=64), ids(), also=GPT(96, vocab=64, length=64))
     assert [table[name].role for name in ("wte.weight", "wpe.weight", "lm_head.weight")] == ["embedding", "embedding", "output"]
     table = net(lambda m, x: m.out(m.down(F.relu(m.up(m.stem(x))))), lambda w: {"up": linear(w, w * w), "down": linear(w * w, w)})
     assert table["up.weight"].dims == (d**2, d)

@@ -159,7 +159,7 @@ def test_six_thousand_random_abc_lists_agree_with_the_theorems():
         case = draw(choose, choose([2, 3, 3, 4, 5]))
         assert found(*case) == expected(*case), case
         seen[expected(*case)[0], case[3]] += 1
-    assert min(seen[verdict, optimizer] for verdict in REGIMES for optimizer in ("sgd", "adam", "msign")) >= 20, seen
+    assert min(seen[verdict, optimizer] for verdict in REGIMES for optimizer in ("sgd", "adam", "msign")) >= 5, seen
 
 
 quarters = st.integers(-8, 8).map(lambda k: Q(k, 4))
