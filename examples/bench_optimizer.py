@@ -139,22 +139,25 @@ def main(arguments: Iterable[str]) -> None:
     """The command line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     everyone = contestants(device)
-    suites = SUITES[device.type]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", choices=suites, default=[suite for suite in suites if suite != "tiny"])
+    parser.add_argument("--suite", nargs="+", choices=sorted({suite for suites in SUITES.values() for suite in suites}))
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of the parameters")
     parser.add_argument("--only", nargs="+", choices=[c.name for c in everyone], metavar="NAME", help="these contestants alone")
     parser.add_argument("--rounds", type=int, default=ROUNDS[device.type], help="timed steps of each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON and the figure")
     parser.add_argument("--plot-only", action="store_true", help="print the tables and draw the figure from the JSON")
     parser.add_argument("--markdown", action="store_true", help="print the README's table from the JSON, of the one --suite and --dtype")
+    parser.add_argument("--device", choices=SUITES, default=device.type, help="whose results to print, with --plot-only or --markdown")
     options = parser.parse_args([*arguments])
-    path: Path = options.out / f"bench_optimizer_{device.type}.json"
+    options.suite = options.suite or [suite for suite in SUITES[options.device] if suite != "tiny"]
+    path: Path = options.out / f"bench_optimizer_{options.device}.json"
     results = loaded(path)
     if options.markdown:
         print("\n\n".join(markdown(race, results.accuracy(race)) for race in results.races if chosen(race, options)))
         return
     if not options.plot_only:
+        if options.device != device.type or not set(options.suite) <= SUITES[device.type].keys():
+            parser.error(f"this machine runs {', '.join(SUITES[device.type])} ({device.type})")
         options.out.mkdir(parents=True, exist_ok=True)
         entered = [c for c in everyone if options.only is None or c.name in options.only]
         results = run(results, path, entered, options, device)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from contestants import APART
 from machine import Machine
@@ -290,9 +291,10 @@ def plot(results: Results, path: Path) -> None:
     columns = min(2, len(races))
     rows = -(-len(races) // columns)
     figure = Figure(figsize=(6.4 * columns, 4.3 * rows), layout="constrained")
+    labels: list[list[Any]] = []
     for number, race in enumerate(races):
         panel = figure.add_subplot(rows, columns, number + 1)
-        errors = results.accuracy(race)
+        errors, names = results.accuracy(race), []
         for timing in race.ran:
             if timing.kind != "msign" or timing.name not in errors or timing.name == APART:
                 continue
@@ -301,7 +303,9 @@ def plot(results: Results, path: Path) -> None:
             colour = "#3b6ea5" if not timing.package else "#c8452f"
             bars = [[timing.median - low], [high - timing.median]]
             panel.errorbar([timing.median], [least], xerr=bars, marker="o", color=colour, linewidth=1)
-            panel.annotate(timing.name, (timing.median, least), xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour)
+            names.append(
+                panel.annotate(timing.name, (timing.median, least), xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour)
+            )
         if adamw := race.of("AdamW, fused"):
             panel.axvline(adamw.median, color="#888888", linestyle=":", linewidth=1)
             panel.annotate("AdamW", (adamw.median, 0.02), xycoords=("data", "axes fraction"), fontsize=7, color="#888888", rotation=90)
@@ -310,8 +314,26 @@ def plot(results: Results, path: Path) -> None:
         panel.set_ylabel("share of the steepest descent, worst matrix")
         panel.set_title(f"{race.suite}, {race.dtype}\n{race.machine.title}", fontsize=9)
         panel.margins(x=0.15)
+        panel.set_xlim(right=2.5 * panel.get_xlim()[1])  # room for names
         panel.grid(alpha=0.3)
+        labels.append(names)
+    figure.draw_without_rendering()
+    for names in labels:
+        _spread(names)
     figure.savefig(path, dpi=130)
+
+
+def _spread(names: list[Any]) -> None:
+    """Move each annotation up until it covers none of those placed before."""
+    placed: list[Any] = []
+    for name in sorted(names, key=lambda name: (round(name.xy[1], 2), -name.xy[0])):
+        for _ in range(12):
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in placed):
+                break
+            across, up = name.xyann
+            name.xyann = (across, up + 8)
+        placed.append(name.get_window_extent())
 
 
 def loaded(path: Path) -> Results:
