@@ -38,7 +38,7 @@ def line(batch: int, m: int, k: int) -> str:
     for side, depth, warps, stages, resident in CUTS:
         for tma in (False, True):
             cut = Shape(side, depth, warps, stages, resident, tma=tma)
-            numbers = [0.5, -0.3, 0.2, 0.0] if polynomial else [one, 1.0, 1.0, 0.0]
+            numbers: list[float | torch.Tensor] = [0.5, -0.3, 0.2, 0.0] if polynomial else [one, 1.0, 1.0, 0.0]
             spent = _milliseconds(lambda cut=cut, numbers=numbers: symmetric(X, numbers, X if polynomial else None, D, out, cut))
             parts.append(f"{side} w{warps} s{stages} r{resident}{' tma' if tma else ''} {spent:.3f} ({plain / spent:.2f})")
     return "  ".join(parts)
