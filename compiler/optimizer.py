@@ -81,7 +81,7 @@ class SpectralOptimizer(Optimizer):
     "momentum", "nesterov" and "sign", two and a step count for "adam"; for "sn" 16·min(out, in) numbers per matrix.
 
     On CUDA a step does not wait for the device, and can be captured in a CUDA graph after a step outside of it: what a schedule is to
-    change between replays, lr and weight_decay, must then be tensors on the device. "svc" and accuracy "exact" do wait.
+    change between replays, lr and weight_decay, must then be tensors on the device.
 
     Over ranks: weights may be DTensors, as `torch.distributed.fsdp.fully_shard` (FSDP2, HSDP) and `distribute_tensor` make them,
     in one Shard, of any axis, even or not, or Replicate. Make the optimizer after sharding. State is sharded like the weight, and
