@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from compiler.kernels import table
 from compiler.shards import local
 
 __all__ = ["Ready", "groups_of", "over_any", "read", "watched"]
@@ -29,11 +30,13 @@ class Ready:
         name, W, group: its own.
         limit: the largest entry of a gradient that spoils no buffer.
         unread: whether the host may not ask what becomes of it in a step.
-        largest: the largest entry of its gradient, on the device, where the host may not ask.
-        good: None where the host knows that the weight is updated; else a flag on the device.
+        flags: None where the host knows that the weight is updated; else a flag on the device of every weight there.
+        sizes: the largest entries of their gradients, likewise.
+        at: its place in these two.
         idle: whether only its state is made.
         state: of the optimizer.
         warm: whether SN may start from the vectors in it.
+        step: how many steps it has taken, this one included, where that is counted.
     """
 
     position: int
@@ -43,11 +46,21 @@ class Ready:
     group: dict[str, Any]
     limit: float
     unread: bool
-    largest: Tensor | None = None
-    good: Tensor | None = None
+    flags: Tensor | None = None
+    sizes: Tensor | None = None
+    at: int = 0
+    _good: Tensor | None = None
     idle: bool = False
     state: dict[str, Any] = field(default_factory=dict)
     warm: bool = False
+    step: float | Tensor = 0.0
+
+    @property
+    def good(self) -> Tensor | None:
+        """None where the host knows that the weight is updated; else a flag on the device."""
+        if self._good is None and self.flags is not None:
+            self._good = self.flags[self.at]
+        return self._good
 
     @property
     def gradient(self) -> Tensor | None:
@@ -71,22 +84,25 @@ def read(entries: list[Ready]) -> Tensor:
 def watched(entries: list[Ready]) -> Tensor:
     """The same for weights of one device, on that device; nothing is read by the host."""
     device = entries[0].W.device
-    yes, no = (torch.full((), value, dtype=torch.bool, device=device) for value in (True, False))
-    present = [no if entry.W.grad is None else yes for entry in entries]
-    spoilt, moves = [no] * len(entries), [no] * len(entries)
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(entries):
         G = entry.gradient
-        if G is not None and G.numel() > 0:
-            alike.setdefault((G.dtype, entry.limit), []).append(i)
-    for (_, limit), members in alike.items():
-        largest = torch.stack(list(torch._foreach_norm([entries[i].gradient for i in members], ord=math.inf)))  # pyright: ignore[reportArgumentType]
-        for i, size in zip(members, largest.unbind(), strict=True):
-            entries[i].largest = size
-        for flags, some in ((spoilt, ~largest.le(limit)), (moves, largest != 0)):  # NaN is not within a limit
-            for i, flag in zip(members, some.unbind(), strict=True):
-                flags[i] = flag
-    return torch.stack([*present, *spoilt, *moves]).reshape(3, -1)
+        kind = (G.dtype, entry.limit) if G is not None and G.numel() > 0 else ()
+        alike.setdefault(kind, []).append(i)
+    sizes, spoilt, moves = [], [], []
+    for kind, members in alike.items():
+        norms = torch._foreach_norm([entries[i].gradient for i in members], ord=math.inf) if kind else ()  # pyright: ignore[reportArgumentType]
+        size = torch.stack(list(norms)) if kind else torch.zeros(len(members), device=device)
+        sizes.append(size.float())
+        spoilt.append(~size.le(kind[1] if kind else 0))  # NaN is not within a limit
+        moves.append(size != 0)
+    order = [i for members in alike.values() for i in members]
+    back = table(tuple(sorted(range(len(order)), key=order.__getitem__)), device)
+    size = torch.cat(sizes).index_select(0, back)
+    for i, entry in enumerate(entries):
+        entry.sizes, entry.at = size, i
+    present = table(tuple(int(entry.W.grad is not None) for entry in entries), device).bool()
+    return torch.stack([present, *(torch.cat(flags).index_select(0, back) for flags in (spoilt, moves))])
 
 
 def groups_of(W: Tensor, shared: ProcessGroup | None) -> tuple[ProcessGroup, ...]:

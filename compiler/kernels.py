@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiler.bits import join, split
 from compiler.errors import BadOption
 
-__all__ = ["advance_", "apply_", "runs_triton", "symmetric"]
+__all__ = ["adam_", "advance_", "apply_", "product", "runs_triton", "symmetric", "table"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -68,7 +69,7 @@ def symmetric(
         out: shape (batch, m, m), rows of stride 1, of A's dtype; none of the operands. Made if not given.
 
     Returns:
-        out. Products are summed in fp32 (fp64 for fp64), the rest added in fp32, and rounded once on CUDA.
+        out. Products are summed in fp32 (fp64 for fp64), the rest added in fp32, and rounded once in fp16 and on CUDA.
     """
     out = A.new_empty(*A.shape[:2], A.size(1)) if out is None else out
     kernels = runs_triton(A)
@@ -76,21 +77,25 @@ def symmetric(
         C, D = (None if T is None else T if T.stride(2) == 1 else T.contiguous() for T in (C, D))
         scalars: list[float | Tensor] = [x.float() if isinstance(x, Tensor) else float(x) for x in (alpha, beta, delta, gamma)]
         return kernels.symmetric(A, scalars, C, D, out)
-    _symmetric(A, alpha, C, beta, out)
+    exact = torch.empty(out.shape, device=out.device) if A.dtype == torch.float16 else out  # α·A·Aᵀ may be in range where A·Aᵀ is not
+    _symmetric(A, alpha, C, beta, exact)
     if D is not None:
-        out.addcmul_(D, _each(delta).to(D.dtype)) if isinstance(delta, Tensor) else out.add_(D, alpha=delta)
+        exact.addcmul_(D, _each(delta).to(D.dtype)) if isinstance(delta, Tensor) else exact.add_(D, alpha=delta)
     if isinstance(gamma, Tensor) or gamma != 0:
-        out.diagonal(dim1=1, dim2=2).add_(gamma[:, None] if isinstance(gamma, Tensor) else gamma)
-    return out
+        exact.diagonal(dim1=1, dim2=2).add_(gamma[:, None] if isinstance(gamma, Tensor) else gamma)
+    return out if exact is out else out.copy_(exact)
 
 
 def _symmetric(A: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor, out: Tensor) -> None:
     """α·A·Aᵀ + β·C in torch."""
-    if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-        _symmetric(A, 1.0, None, 0.0, out)
+    if isinstance(alpha, Tensor) or isinstance(beta, Tensor) or A.dtype != out.dtype:
+        if A.dtype == out.dtype:
+            _symmetric(A, 1.0, None, 0.0, out)
+        else:
+            out.copy_(product(A, A.mT))
         out.mul_(_each(alpha))
         if C is not None:
-            out.addcmul_(C, _each(beta).to(C.dtype)) if isinstance(beta, Tensor) else out.add_(C, alpha=beta)
+            out.addcmul_(C, _each(beta).to(out.dtype)) if isinstance(beta, Tensor) else out.add_(C, alpha=beta)
         return
     C, beta = (out, 0.0) if C is None else (C, beta)
     if A.is_cuda or A.size(1) < SPLIT:
@@ -101,6 +106,11 @@ def _symmetric(A: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float |
             stop = min(start + PANEL, len(a))
             torch.addmm(c[start:stop, :stop], a[start:stop], b[:, :stop], alpha=alpha, beta=beta, out=o[start:stop, :stop])
             o[:start, start:stop] = o[start:stop, :start].T
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A·B in fp32."""
+    return torch.bmm(A, B, out_dtype=torch.float32) if A.is_cuda and A.dtype != torch.float32 else A.float() @ B.float()
 
 
 def _each(factor: Any) -> Any:
@@ -121,7 +131,7 @@ def advance_(
 
     Args:
         grads: W matrices (r, c) of one shape, dtype and strides: weights, copies or blocks of weights. Read only.
-        buffers: B of each; None: Φ = G.
+        buffers: B of each, likewise; None: Φ = G.
         out: shape (W, min(r, c), max(r, c)), contiguous. Gets Φ·2^-exponent, transposed if r > c; zeros where not finite.
         momentum: μ, a number or a 0-d tensor on the device.
         nesterov: which Φ.
@@ -143,6 +153,7 @@ def advance_(
     for i, G in enumerate(grads):
         Phi = B = G.where(finite[i], 0)
         if buffers is not None:
+            G = G.to(buffers[i].dtype)
             B = torch.lerp(buffers[i], G, 1 - momentum)
             Phi = G.lerp(B, momentum) if nesterov else B
             B = buffers[i].copy_(B.where(finite[i], buffers[i]))
@@ -154,7 +165,15 @@ def advance_(
     return out.float().square().sum((1, 2)), torch.stack(largest).float()
 
 
-def apply_(weights: Sequence[Tensor], U: Tensor, *, scale: float | Tensor, decay: float | Tensor, finite: Tensor) -> None:
+def apply_(
+    weights: Sequence[Tensor],
+    U: Tensor,
+    *,
+    scale: float | Tensor,
+    decay: float | Tensor,
+    finite: Tensor,
+    lows: Sequence[Tensor] | None = None,
+) -> None:
     """W ← decay·W - scale·U, rounded once; where not finite, W stays as it is.
 
     Args:
@@ -163,16 +182,83 @@ def apply_(weights: Sequence[Tensor], U: Tensor, *, scale: float | Tensor, decay
         scale: a number or a tensor, 0-d or of shape (W,).
         decay: likewise.
         finite: shape (W,), bool.
+        lows: the bits that bf16 weights lack (`compiler.bits`), each like its weight; None where none are kept.
     """
     scale, decay = (_per_matrix(x, U) for x in (scale, decay))
     kernels = runs_triton(U, *weights)
     if kernels is not None:
-        kernels.apply_(_addresses(weights), weights[0], U, scale, decay, finite)
+        kernels.apply_(_addresses(weights), None if lows is None else _addresses(lows), weights[0], U, scale, decay, finite)
         return
     for i, W in enumerate(weights):
-        u = U[i].T if W.size(0) > W.size(1) else U[i]
-        new = W.to(scale.dtype) * decay[i] - u.to(scale.dtype) * scale[i]
-        W.copy_(torch.where(finite[i], new.to(W.dtype), W))
+        u, low = U[i].T if W.size(0) > W.size(1) else U[i], None if lows is None else lows[i]
+        _write(W, low, _read(W, low).to(scale.dtype) * decay[i] - u.to(scale.dtype) * scale[i], finite[i])
+
+
+def _read(W: Tensor, low: Tensor | None) -> Tensor:
+    return W.to(torch.promote_types(W.dtype, torch.float32)) if low is None else join(W, low)
+
+
+def _write(W: Tensor, low: Tensor | None, new: Tensor, finite: Tensor) -> None:
+    high, rest = (new.to(W.dtype), None) if low is None else split(new)
+    W.copy_(torch.where(finite, high, W))
+    if low is not None and rest is not None:
+        low.copy_(torch.where(finite, rest, low))
+
+
+def adam_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    rate: Tensor,
+    decay: Tensor,
+    root: Tensor,
+    finite: Tensor,
+    lows: Sequence[Tensor] | None = None,
+) -> None:
+    """Take Adam's step: m ← β₁·m + (1 - β₁)·G, v ← β₂·v + (1 - β₂)·G², W ← decay·W - rate·m / (√v / root + ε), each rounded once.
+
+    Args:
+        weights: W of T tensors of any shapes, one dtype, each dense in memory.
+        grads: G of each, laid out like it; read only.
+        means: m, likewise, of one dtype.
+        squares: v, likewise, of the dtype of m.
+        betas: β₁ and β₂.
+        eps: ε.
+        rate: shape (T,), fp32; lr / (1 - β₁ᵗ).
+        decay: likewise; 1 - lr·decay.
+        root: likewise; √(1 - β₂ᵗ).
+        finite: shape (T,), bool. Where False, all stays as it is.
+        lows: as in `apply_`.
+    """
+    kernels = runs_triton(*weights)
+    if kernels is not None:
+        device, sizes = weights[0].device, tuple(W.numel() for W in weights)
+        tables = [table(tuple(T.data_ptr() for T in tensors), device) for tensors in (weights, lows or weights, grads, means, squares)]
+        work, factors = _work(sizes, kernels.BLOCK, device), [x.float().contiguous() for x in (rate, decay, root)]
+        dtypes = weights[0].dtype, means[0].dtype, lows is not None
+        kernels.adam_(work, dtypes, tables, table(sizes, device), factors, finite, betas, eps)
+        return
+    for i, (W, G, m, v) in enumerate(zip(weights, grads, means, squares, strict=True)):
+        g = G.where(finite[i], 0).float()
+        new_m, new_v = m.float().lerp(g, 1 - betas[0]).to(m.dtype), (v.float() * betas[1]).addcmul(g, g, value=1 - betas[1]).to(v.dtype)
+        low = None if lows is None else lows[i]
+        _write(W, low, decay[i] * _read(W, low) - rate[i] * new_m.float() / (new_v.float().sqrt() / root[i] + eps), finite[i])
+        for old, after in ((m, new_m), (v, new_v)):
+            old.copy_(torch.where(finite[i], after, old))
+
+
+@lru_cache(maxsize=64)
+def _work(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """(tensor, block of it) for every block of every tensor."""
+    counts = torch.tensor([-(-size // block) for size in sizes])
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    nth = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    work = torch.stack([tensor, nth], 1).to(torch.int32)
+    return work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work
 
 
 def _per_matrix(x: float | Tensor, like: Tensor) -> Tensor:
@@ -182,18 +268,22 @@ def _per_matrix(x: float | Tensor, like: Tensor) -> Tensor:
     return x.expand(len(like)).contiguous()
 
 
+def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers that the host knows (addresses, places) as int64 on the device, made once: a CUDA graph may not copy them there."""
+    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _table(numbers, device)
+
+
 @lru_cache(maxsize=4096)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    table = torch.tensor(addresses, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table  # a copy nobody waits for
+def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    made = torch.tensor(numbers, dtype=torch.int64)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made  # a copy nobody waits for
 
 
 def _addresses(matrices: Sequence[Tensor]) -> Tensor:
-    """The addresses as a tensor on the device, made once: a CUDA graph may not copy it there."""
     first = matrices[0]
     if any((T.shape, T.dtype, T.stride()) != (first.shape, first.dtype, first.stride()) for T in matrices):
         raise BadOption("matrices", [tuple(T.shape) for T in matrices], "of one shape, dtype and strides, as one launch takes them")
-    return _table(tuple(T.data_ptr() for T in matrices), first.device)
+    return table(tuple(T.data_ptr() for T in matrices), first.device)
 
 
 def _filled(value: float, device: torch.device) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,10 @@ from compiler import kernels
 from compiler.coefficients import MARGIN, SCHEDULES, Schedule
 from compiler.errors import NotAMatrix
 from compiler.programs import Product
+from compiler.svd import svd
 from scaling.errors import UnknownName
 
-__all__ = ["is_rough", "iterate", "ldexp", "msign", "polar", "power_of_two", "require_matrices", "storage"]
-
-ROUGH = ("fast",)
-"""Levels whose first chunk is taken in bf16 where that is faster; of the steepest descent value "default" would keep 0.966, not 0.973."""
-
-ROOM = 0.9
-"""What the singular values are multiplied by after a first part in half precision. Its error, of up to 5 % in bf16 and up to 10 % in fp16
-where a few rows hold nearly all of a matrix and nothing averages out, would else take some beyond where the next part holds, by 1.8 %
-("high") or 2.6 %: emulated without it in fp16, a spectral norm of 3 ("default") or Inf ("high") on three in a thousand 3 × 3 matrices
-and one in two thousand 32 × 32 ones, drawn with rows, columns and spectra of all sizes; with it 1.017 and 1.002 from 8 rows on."""
+__all__ = ["iterate", "ldexp", "msign", "polar", "power_of_two", "require_matrices", "storage"]
 
 FEWEST_ROWS = 16
 """Below, matrices are stored in fp32 everywhere: they cost nothing, and fp16 is at its worst there."""
@@ -34,24 +27,24 @@ def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
 
     Args:
         X: shape (..., m, n), bf16, fp16, fp32 or fp64; read only. Half precision is iterated in fp32, fp64 in fp64.
-        accuracy: what becomes of a singular value σ, in units of the Frobenius norm of its matrix (exact arithmetic; fp32 adds 1e-6):
+        accuracy: what becomes of a singular value σ, in units of s = (Σ σ⁴)^¼ of its matrix, σ₁ ≤ s ≤ ‖X‖_F (exact arithmetic; fp32
+            adds 1e-6):
 
             ========= ======== ============== ==================
             level     products for σ in       image
             ========= ======== ============== ==================
-            "fast"    4 + 4    [1e-2, 1]      [0.996, 1.004]
-            "default" 5 + 5    [2.5e-3, 1]    [0.987, 1.013]
-            "high"    5+5+1    [1e-3, 1]      [0.9990, 1.0010]
+            "fast"    4 + 4    [8.7e-3, 1]    [0.991, 1.009]
+            "default" 5 + 5    [3.4e-3, 1]    [0.994, 1.006]
+            "high"    5+5+1    [8.7e-4, 1]    [0.9971, 1.0029]
             "exact"   8 × 1    [1e-4, 1]      [0.998, 1.00002]
             ========= ======== ============== ==================
 
-            Below its interval a level multiplies σ by up to 177, 620, 2062 and 21900. On CUDA all but "exact" keep operands in fp16
-            from 16 rows on, with sums in fp32: intervals then start 1.11 times as high, factors are as much lower, rounding adds up to
-            5e-3 to the image, turns directions with σ at the lower end of the interval by 8 % (60 × 60, an H200), and makes singular
-            values of up to 0.015, 0.05 and 0.15 of a null space. On a CPU with fast bf16 products the first part of "fast" is taken
-            in bf16 from 256 rows on: directions then turn by up to 1.2 % (off-diagonal of UᵀYV, real momenta), and the image starts a
-            little lower. On a CPU "exact" is the SVD in fp64: every σ above max(m, n)·ε·σ₁ (ε of X's dtype) becomes 1, every
-            smaller one 0.
+            Below its interval a level multiplies σ/s by up to 187, 513, 2165 and 21900. On CUDA all but "exact" keep operands in fp16
+            from 16 rows on, with sums in fp32. That rounding (emulated, 20 to 64 rows) adds up to 4e-3 to the image, up to 0.02 in
+            the worst that hill climbing over matrices of a few rows finds: no norm above 1.026 was seen. Where a few rows hold nearly
+            all of a matrix some singular values come out as small as 0.25 of what they should. It turns directions with σ at the
+            lower end of the interval by 2, 6 and 14 %, and makes singular values of up to 0.03, 0.07 and 0.3 of a null space. On a
+            CPU "exact" is the SVD in fp64: every σ above max(m, n)·ε·σ₁ (ε of X's dtype) becomes 1, every smaller one 0.
 
     Returns:
         A new tensor of X's shape and dtype, without a gradient. A zero matrix gives zero. Norms from the smallest subnormal to the
@@ -76,8 +69,7 @@ def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
         A = _svd(A, torch.finfo(X.dtype).eps)
     else:
         A = A.to(storage(A.size(-2), X.dtype, X.device, accuracy)).reshape(-1, *A.shape[-2:])
-        squares = torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.promote_types(A.dtype, torch.float32)).square()
-        A, scale = polar(A, squares, accuracy)
+        A, scale = polar(A, _squares(A) if A.dtype == torch.float16 else None, accuracy)
         A = (A.to(scale.dtype) * scale[:, None, None]).reshape(good.shape[:-2] + A.shape[-2:])
     A = A.where(good, torch.nan).to(X.dtype)
     return A.mT if tall else A
@@ -123,27 +115,52 @@ def storage(rows: int, dtype: torch.dtype, device: torch.device, accuracy: str) 
     return torch.float16 if device.type == "cuda" and accuracy != "exact" and rows >= FEWEST_ROWS else torch.float32
 
 
-def polar(A: Tensor, squares: Tensor, accuracy: str) -> tuple[Tensor, Tensor]:
+def polar(A: Tensor, squares: Tensor | None, accuracy: str) -> tuple[Tensor, Tensor]:
     """The msign of matrices prepared elsewhere, as a batch and the factors that are still to be applied to it.
 
     Args:
         A: shape (B, m, n) with m ≤ n, in `storage`, entries of at most 1; workspace: its contents are lost.
-        squares: ‖A‖_F² of the entries as they are stored, (B,), fp32 or A's dtype.
+        squares: ‖A‖_F² of the entries as they are stored, (B,), fp32 or A's dtype. None if A is not in fp16 and the largest entry of
+            every matrix at least 1/2, or all of it zero.
         accuracy: a level of `msign`.
 
     Returns:
         Y (B, m, n) in A's dtype and scale (B,): msign = scale·Y. The factors are left to whoever writes the result, as in fp16 a matrix
         of norm 1 has entries where digits are lost. Zero where ‖A‖_F is 0; nothing here waits for the device.
     """
-    norm = MARGIN * squares.sqrt()
-    scale = torch.where(norm > 0, 1 / norm, 0)
-    if A.dtype == torch.float16:
-        return iterate(A, SCHEDULES[accuracy], scale=scale), scale
-    A.mul_(scale.to(A.dtype)[:, None, None])
-    return iterate(A, SCHEDULES[accuracy], rough=is_rough(A.size(-2), A.dtype, A.device, accuracy)), (norm > 0).to(scale.dtype)
+    schedule = SCHEDULES[accuracy]
+    first, rest = schedule.chunks[0], schedule._replace(chunks=schedule.chunks[1:])
+    if squares is None:
+        R = kernels.symmetric(A, alpha=schedule.unit)
+        size = _size(R)
+        square = torch.where(size > 0, schedule.unit / size, 0)
+        R.mul_(square[:, None, None])
+        A.mul_(square.sqrt()[:, None, None])
+        return iterate(torch.bmm(_program(R, first), A), rest), (square > 0).to(A.dtype)
+    square = schedule.unit / squares.clamp(min=SMALLEST)
+    R = kernels.symmetric(A, alpha=square)
+    factor = schedule.unit / _size(R).clamp(min=1)  # it is unit·MARGIN²/√m at least, or else R is zero
+    square = square * factor
+    Y = torch.bmm(_program(R, first, factor), A)
+    del R
+    return iterate(Y, rest, square=square), (square / schedule.unit).sqrt()
 
 
-def iterate(A: Tensor, schedule: Schedule, *, scale: Tensor | None = None, rough: bool = False) -> Tensor:
+SMALLEST = 1e-30
+"""Smaller sums of squares count as zero; their inverses are in the range of fp32."""
+
+
+def _squares(A: Tensor) -> Tensor:
+    """‖A‖_F² of each matrix, at least in fp32."""
+    return torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.promote_types(A.dtype, torch.float32)).square()
+
+
+def _size(R: Tensor) -> Tensor:
+    """(MARGIN·s)², s = (Σ σ⁴)^¼ ≥ σ₁ of the matrices X with R = X·Xᵀ."""
+    return MARGIN**2 * torch.linalg.vector_norm(R, dim=(-2, -1), dtype=torch.promote_types(R.dtype, torch.float32))
+
+
+def iterate(A: Tensor, schedule: Schedule, *, square: Tensor | None = None) -> Tensor:
     """The polynomials of `schedule` on the singular values: U·p(S)·Vᵀ, for A (..., m, n) with m ≤ n.
 
     Each polynomial q is evaluated in the m × m matrix R = A·Aᵀ, which is smaller (Zhang, Dao et al. 2026, "Gram Newton-Schulz"), and the
@@ -152,48 +169,48 @@ def iterate(A: Tensor, schedule: Schedule, *, scale: Tensor | None = None, rough
     Args:
         A: read only.
         schedule: its chunks, one after the other.
-        scale: shape (...): p is applied to scale·S instead, and the result is over scale, U·p(scale·S)/scale·Vᵀ.
-        rough: take all chunks but the last in bf16. The last one brings the singular values where they belong all the same.
+        square: unit·scale², shape (...): p is applied to scale·S instead, and the result is over scale, U·p(scale·S)/scale·Vᵀ.
     """
     *batch, m, n = A.shape
-    A = A.reshape(-1, m, n)
-    square = schedule.unit if scale is None else schedule.unit * scale.reshape(-1).square()
-    Y, working = A, A.dtype
-    for number, chunk in enumerate(schedule.chunks):
-        half = rough and number < len(schedule.chunks) - 1
-        Y = Y.to(torch.bfloat16 if half else working)
-        room = ROOM if number == 0 and Y.dtype.itemsize == 2 else 1.0
-        Q = _program(kernels.symmetric(Y, alpha=square), chunk, room=room, identity=not half)
-        # in bf16 the large multiple of I would cost Q its digits: X gets it exactly
-        Y = torch.baddbmm(Y, Q, Y, beta=room * chunk[-1][3]) if half else torch.bmm(Q, Y)
+    Y = A.reshape(-1, m, n)
+    alpha = schedule.unit if square is None else square.reshape(-1)
+    for chunk in schedule.chunks:
+        Y = torch.bmm(_program(kernels.symmetric(Y, alpha=alpha), chunk), Y)
     return Y.reshape(*batch, m, n)
 
 
-def _program(R: Tensor, chunk: tuple[Product, ...], *, room: float = 1.0, identity: bool = True) -> Tensor:
-    """room·Q, Q a polynomial of R, by the products of `compiler.programs`; four matrices of R's size as workspace."""
+def _program(R: Tensor, chunk: tuple[Product, ...], factor: Tensor | None = None) -> Tensor:
+    """Q, a polynomial of R, by the products of `compiler.programs`; four matrices of R's size as workspace.
+
+    Args:
+        R: shape (B, m, m).
+        chunk: its products.
+        factor: shape (B,): of factor·R instead. That goes into the coefficients, as fp16 would round R again.
+    """
     before, last, spare = R, R, [torch.empty_like(R) for _ in chunk[:3]]
-    for k, (a, b, d, g) in enumerate(chunk):
-        final = k == len(chunk) - 1
-        other = R if final else before
-        if final:
-            a, b, d, g = room * a, room * b, room * d, room * g if identity else 0.0
-        before, last = last, kernels.symmetric(last, alpha=a, C=last, beta=b, D=other if d else None, delta=d, gamma=g, out=spare[k % 3])
+    for k, (alpha, beta, delta, gamma) in enumerate(_coefficients(chunk, factor)):
+        other = R if k == len(chunk) - 1 else before
+        D, out = other if chunk[k][2] else None, spare[k % 3]
+        before, last = last, kernels.symmetric(last, alpha=alpha, C=last, beta=beta, D=D, delta=delta, gamma=gamma, out=out)
     return last
 
 
-def is_rough(m: int, dtype: torch.dtype, device: torch.device, accuracy: str) -> bool:
-    """Whether matrices of m rows, m ≤ n, go through bf16 first: where it is good enough and faster, 2.1 times at 256 rows (measured)."""
-    return accuracy in ROUGH and dtype == torch.float32 and device.type == "cpu" and m >= 256 and _fast_bf16()
-
-
-@cache
-def _fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: AVX512-BF16 or AMX, as oneDNN finds."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+def _coefficients(chunk: tuple[Product, ...], factor: Tensor | None) -> Sequence[tuple[float | Tensor, ...]]:
+    """Those of the products of factor·R where R is at hand: R is squared in the first, and a summand there and wherever d may be."""
+    if factor is None:
+        return chunk
+    rows: list[list[Any]] = [list(row) for row in chunk]
+    places = [(0, 0), (0, 1), *((k, 2) for k in dict.fromkeys((0, 1, len(chunk) - 1)) if k < len(chunk))]
+    scaled = torch._foreach_mul(  # pyright: ignore[reportPrivateImportUsage]
+        [factor] * len(places), [chunk[k][j] for k, j in places]
+    )  # one launch
+    for (k, j), value in zip(places, scaled, strict=True):
+        rows[k][j] = value
+    rows[0][0] = rows[0][0] * factor
+    return [tuple(row) for row in rows]
 
 
 def _svd(A: Tensor, eps: float) -> Tensor:
-    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    U, S, Vh = svd(A.double())
     cutoff = max(A.shape[-2:]) * eps * S[..., :1]
     return (U * S.gt(cutoff).unsqueeze(-2)) @ Vh

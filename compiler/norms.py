@@ -12,6 +12,7 @@ from compiler import kernels
 from compiler.coefficients import MARGIN, SCHEDULES, quintics
 from compiler.errors import BadOption
 from compiler.msign import iterate, ldexp, power_of_two, require_matrices
+from compiler.svd import svd
 
 __all__ = ["Reduction", "follow", "ritz", "ritz_steps", "spectral_norm", "spectral_normalize", "start_of", "svc"]
 
@@ -147,9 +148,9 @@ def follow(X: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     assert triton is not None
     Q = _columns(start_of(X, start.float()), X.dtype)
     for A in (X.mT, X):
-        Q = _columns(_product(A, Q), X.dtype)
-    Z = _product(X.mT, Q).to(X.dtype)
-    sigma, turn = triton.ritz(_product(Q.mT, Q), _product(Z.mT, Z))
+        Q = _columns(kernels.product(A, Q), X.dtype)
+    Z = kernels.product(X.mT, Q).to(X.dtype)
+    sigma, turn = triton.ritz(kernels.product(Q.mT, Q), kernels.product(Z.mT, Z))
     return sigma, Q.float() @ turn.roll(1, -1)
 
 
@@ -157,11 +158,6 @@ def _columns(Q: Tensor, dtype: torch.dtype) -> Tensor:
     """Of length 1, or 0."""
     size = torch.linalg.vector_norm(Q, dim=1, keepdim=True)
     return (Q / size.where(size > 0, 1)).to(dtype)
-
-
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """A·B in fp32."""
-    return torch.bmm(A, B, out_dtype=torch.float32) if A.is_cuda and A.dtype != torch.float32 else A.float() @ B.float()
 
 
 Reduction = Generator[Tensor, Tensor, Any]
@@ -212,7 +208,7 @@ def _largest(image: Tensor, basis: Tensor, last: Tensor) -> tuple[Tensor, Tensor
     """σ₁ of `image` = Aᵀ·basis, and the vectors to start from next time."""
     if image.device.type != "cpu":
         return _largest_by_squaring(image), last
-    _, values, vectors = torch.linalg.svd(image, full_matrices=False)
+    _, values, vectors = svd(image)
     return values[..., 0], basis @ vectors.mT[..., : last.size(-1)]
 
 
@@ -238,7 +234,7 @@ def _schatten16(A: Tensor) -> Tensor:
 
 
 def _clip_svd(A: Tensor, factor: Tensor) -> Tensor:
-    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    U, S, Vh = svd(A.double())
     clipped = (S * factor[..., 0]).clamp(max=1).where(S > 0, 0)
     return (U * clipped.unsqueeze(-2)) @ Vh
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,22 +14,22 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from compiler.bits import LOW
 from compiler.blocks import block_view, covers, matrices
 from compiler.distributed import Plan, Weight
 from compiler.errors import BadGradient, NotReady
 from compiler.exchange import Traffic
-from compiler.fused import Bounds, bytes_of, fits, update_
+from compiler.fused import Bounds, batches, fits
 from compiler.gradients import Ready, over_any, read, watched
+from compiler.kernels import table
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
 from compiler.options import NEW_OPTIONS, check_group
 from compiler.pieces import Lane, Piece, advance, directions, lanes, subtract_, write_
+from compiler.prepared import Prepared, layout_of
 from compiler.shards import local, placements
 from compiler.updates import buffers_of, largest_gradient
 
 __all__ = ["SpectralOptimizer"]
-
-LOW = "low_bits"
-"""The state in which a bf16 weight keeps the rest of its fp32 bits."""
 
 LOOKS = "looks"
 """How often SN has looked at a weight, up to WARM; kept by the host."""
@@ -112,8 +113,10 @@ class SpectralOptimizer(Optimizer):
     traffic: Traffic
     process_group: ProcessGroup | None
     _plan: Plan | None
-    _skips: dict[int, Any]
+    _skips: dict[int, int]
+    _unread: dict[tuple[int, ...], Tensor]
     _bounds: Bounds
+    _prepared: Prepared | None
 
     def __init__(
         self,
@@ -154,15 +157,15 @@ class SpectralOptimizer(Optimizer):
             "master": master,
             "workspace": workspace,
         }
-        self.traffic, self._skips, self._bounds = Traffic(), {}, {}
-        self.process_group, self._plan = process_group, None
+        self.traffic, self._skips, self._unread, self._bounds = Traffic(), {}, {}, {}
+        self.process_group, self._plan, self._prepared = process_group, None, None
         super().__init__(params, {"lr": lr, **NEW_OPTIONS, **given})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("traffic", Traffic())
-        self._bounds = {}
-        for name, empty in (("_skips", {}), ("process_group", None), ("_plan", None)):
+        self._bounds, self._prepared = {}, None
+        for name, empty in (("_skips", {}), ("_unread", {}), ("process_group", None), ("_plan", None)):
             self.__dict__.setdefault(name, empty)
         for name, default in NEW_OPTIONS.items():
             self.defaults.setdefault(name, default)
@@ -215,17 +218,15 @@ class SpectralOptimizer(Optimizer):
                 loss = closure()
         plan = self.plan()
         ready = self._ready(plan)
+        rest = self._as_before(ready) if plan is None else ready
         alone: list[Piece] = []
         shared: dict[int, list[Piece]] = {}
-        for piece in self._pieces(ready, plan):
+        for piece in self._pieces(rest, plan):
             if piece.unit is None:
                 alone.append(piece)
             else:
                 shared.setdefault(piece.unit, []).append(piece)
-        at_once = [fits(piece) for piece in alone]
-        for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if fit], bytes_of):
-            update_(chunk, self._bounds)
-        for chunk in chunks([piece for piece, fit in zip(alone, at_once, strict=True) if not fit]):
+        for chunk in chunks(self._at_once(alone, ready if plan is None else [])):
             if chunk[0].o["map"] is None:
                 for members in lanes(chunk):
                     write_(members, advance(members))
@@ -240,8 +241,10 @@ class SpectralOptimizer(Optimizer):
     def skipped(self) -> dict[str, int]:
         """Weight name (or "group.index") -> steps skipped for its gradient, since this object was made. Reading waits for the device."""
         names = [entry.name for entry in self._entries()]
-        counts = {names[position]: int(count) for position, count in sorted(self._skips.items())}
-        return {name: count for name, count in counts.items() if count > 0}
+        counts = Counter(self._skips)
+        for positions, skips in self._unread.items():
+            counts.update(dict(zip(positions, skips.tolist(), strict=True)))
+        return {names[position]: count for position, count in sorted(counts.items()) if count > 0}
 
     def plan(self) -> Plan | None:
         """Who maps what over ranks, and the bytes that travel; None if every weight is whole on every rank."""
@@ -315,12 +318,13 @@ class SpectralOptimizer(Optimizer):
         if any(isinstance(lr, Tensor) or lr == 0 for lr in rates.values()):
             runs = {key: lr != 0 if isinstance(lr, Tensor) else torch.full_like(good[0], lr != 0) for key, lr in rates.items()}
             good &= moves | torch.stack([runs[entry.number].to(good.device) for entry in entries])
-        for entry, flag in zip(entries, good.unbind(), strict=True):
-            entry.good = flag
-        if new := [entry.position for entry in entries if entry.position not in self._skips]:
+        for entry in entries:
+            entry.flags = good
+        positions = tuple(entry.position for entry in entries)
+        if positions not in self._unread:
             _refuse_capture()
-            self._skips.update(zip(new, spoilt.new_zeros(len(new), dtype=torch.int32).unbind(), strict=True))
-        torch._foreach_add_([self._skips[entry.position] for entry in entries], list(spoilt.to(torch.int32).unbind()))
+            self._unread[positions] = torch.zeros_like(spoilt, dtype=torch.int32)
+        self._unread[positions].add_(spoilt)
         return entries
 
     def _pieces(self, ready: list[Ready], plan: Plan | None) -> Iterator[Piece]:
@@ -332,20 +336,77 @@ class SpectralOptimizer(Optimizer):
             group = entries[0].group
             blocks = [{**group, **block} for block in group["blocks"] or ({},)]
             self._make_state(entries, blocks)
-            steps = self._steps(entries) if any(o["update"] == "adam" for o in blocks) else [0.0] * len(entries)
+            if any(o["update"] == "adam" for o in blocks):
+                _set_steps(entries)
+            self._count(entries)
             gradients = [torch.zeros_like(local(entry.W)) if entry.gradient is None else entry.gradient for entry in entries]
             for number, o in enumerate(blocks):
-                lr, decay = _number(entries[0], o["lr"]), _number(entries[0], o["weight_decay"])
-                lane = Lane((*key, number), o, lr * o["lr_scale"], decay * o["wd_scale"])
-                for entry, G, step in zip(entries, gradients, steps, strict=True):
-                    for piece in self._of_block(entry, G, step, number, lane, plan):
+                lane = Lane((*key, number), o, 0.0, 0.0)
+                self._set_lane(lane, entries[0])
+                for entry, G in zip(entries, gradients, strict=True):
+                    for piece in self._of_block(entry, G, number, lane, plan):
                         if not entry.idle:
                             yield piece
-            if any(keeps_vectors(o) for o in blocks):
-                for entry in entries:
-                    entry.state[LOOKS] = min(entry.state.get(LOOKS, 0) + (not entry.idle), WARM)
 
-    def _of_block(self, entry: Ready, G: Tensor, step: float | Tensor, number: int, lane: Lane, plan: Plan | None) -> Iterator[Piece]:
+    def _as_before(self, ready: list[Ready]) -> list[Ready]:
+        """Take the step of the weights that lie as they did in the last one, and return the others."""
+        if self._prepared is None or torch.compiler.is_compiling():
+            return ready
+        for entry in ready:
+            self._attach(entry)
+        if layout_of(ready) != self._prepared.layout:
+            self._prepared = None
+            return ready
+        rest = self._prepared.fill(ready, self._set_lane, self._count)
+        try:
+            for batch in self._prepared.batches:
+                batch.update_(self._bounds)
+        finally:
+            self._prepared.clear()
+        return rest
+
+    def _at_once(self, pieces: list[Piece], ready: list[Ready]) -> list[Piece]:
+        """Take the step of what the kernels can take, and return the others; how `ready` lie is kept for the next step."""
+        fit = [fits(piece) for piece in pieces]
+        if not any(fit):
+            return pieces
+        parted = {piece.entry.position for piece, fine in zip(pieces, fit, strict=True) if not fine}
+        whole = [piece for piece in pieces if piece.entry.position not in parted]
+        at_once = batches(whole)
+        for batch in (*at_once, *batches([p for p, fine in zip(pieces, fit, strict=True) if fine and p.entry.position in parted])):
+            batch.update_(self._bounds)
+        if whole and ready and self._prepared is None:
+            self._prepared = Prepared(layout_of(ready), ready, whole, at_once)
+        return [piece for piece, fine in zip(pieces, fit, strict=True) if not fine]
+
+    def _set_lane(self, lane: Lane, entry: Ready) -> None:
+        """Bring the options of a lane up to date, from a weight of it."""
+        lane.o = {**entry.group, **(entry.group["blocks"] or ({},))[lane.key[-1]]}
+        lane.lr = _number(entry, lane.o["lr"]) * lane.o["lr_scale"]
+        lane.decay = _number(entry, lane.o["weight_decay"]) * lane.o["wd_scale"]
+
+    def _count(self, entries: list[Ready]) -> None:
+        """Count the step of weights of one group."""
+        group = entries[0].group
+        blocks = [{**group, **block} for block in group["blocks"] or ({},)]
+        if any(o["update"] == "adam" for o in blocks):
+            counters, flags = [entry.state["step"] for entry in entries], entries[0].flags
+            if flags is None:
+                for entry, counter in zip(entries, counters, strict=True):
+                    counter += not entry.idle
+            else:
+                good = flags.index_select(0, table(tuple(entry.at for entry in entries), flags.device))
+                torch._foreach_add_(counters, list(good.float().unbind()))
+        if any(keeps_vectors(o) for o in blocks):
+            for entry in entries:
+                entry.state[LOOKS] = min(entry.state.get(LOOKS, 0) + (not entry.idle), WARM)
+
+    def _attach(self, entry: Ready) -> None:
+        """Give a weight its state, and what follows from it before the step."""
+        entry.state = self.state[entry.W]
+        entry.warm = entry.state.get(LOOKS, 0) >= WARM
+
+    def _of_block(self, entry: Ready, G: Tensor, number: int, lane: Lane, plan: Plan | None) -> Iterator[Piece]:
         """The pieces of one block of one weight."""
         state, o, here = entry.state, lane.o, local(entry.W)
         names = buffers_of(o)
@@ -356,8 +417,7 @@ class SpectralOptimizer(Optimizer):
             low = views.pop() if LOW in state else None
             held = dict(zip(names, views[2:], strict=True))
             vectors = local(state[f"basis{number}"]) if keeps_vectors(o) else None
-            largest = entry.largest if axes is None and not place else None
-            return Piece(views[0], views[1], held, low, lane, step, entry.good, sizes, vectors, entry.warm, *place, largest=largest)
+            return Piece(views[0], views[1], held, low, lane, entry, sizes, vectors, *place)
 
         parts = plan.runs.get((entry.position, number)) if plan is not None else None
         if parts is not None and plan is not None:
@@ -379,8 +439,8 @@ class SpectralOptimizer(Optimizer):
         names = list(dict.fromkeys(name for o in blocks for name in buffers_of(o)))
         counts = any(o["update"] == "adam" for o in blocks)
         for entry in entries:
-            W, state = entry.W, self.state[entry.W]
-            entry.state, entry.warm = state, state.get(LOOKS, 0) >= WARM
+            self._attach(entry)
+            W, state = entry.W, entry.state
             wanted = [*names, LOW] if _kept(W, entry.group) else names
             for name in wanted:
                 if name not in state:
@@ -392,16 +452,12 @@ class SpectralOptimizer(Optimizer):
                 device = W.device if entry.unread else torch.device("cpu")
                 state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
 
-    def _steps(self, entries: list[Ready]) -> list[Any]:
-        """Which step of each weight this is; counted if it is taken."""
-        counters = [entry.state["step"] for entry in entries]
-        if entries[0].good is None:
-            for entry, counter in zip(entries, counters, strict=True):
-                counter += not entry.idle
-            return [counter.item() for counter in counters]
-        steps = torch._foreach_add(counters, 1)
-        torch._foreach_add_(counters, [entry.good.to(torch.float32) for entry in entries])  # pyright: ignore[reportOptionalMemberAccess]
-        return list(steps)
+
+def _set_steps(entries: list[Ready]) -> None:
+    """Which step of each weight this is, if it is taken."""
+    steps = torch._foreach_add([entry.state["step"] for entry in entries], 1)
+    for entry, step in zip(entries, steps, strict=True):
+        entry.step = step.item() if entry.flags is None else step
 
 
 def _number(entry: Ready, value: float | Tensor) -> float | Tensor:

@@ -106,7 +106,7 @@ def _check_options(o: dict[str, Any]) -> None:
         if isinstance(o[name], Tensor) and o[name].numel() != 1:
             raise BadOption(name, o[name], f"a tensor {name} has one element")
     for name, (low, high) in RANGES.items():
-        if not low <= float(o[name]) < high:
+        if isinstance(o[name], str) or not low <= float(o[name]) < high:  # as YAML reads 1e-3
             raise BadOption(
                 name, o[name], f"a finite number of at least {low:g}" if high == math.inf else f"a number in [{low:g}, {high:g})"
             )

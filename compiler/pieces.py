@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiler.bits import join, split
+from compiler.gradients import Ready
 from compiler.shards import Run
 from compiler.updates import UPDATES, Direction, scale_
 
@@ -52,13 +54,10 @@ class Piece:
     Attributes:
         W, G, buffers, low: views; low holds the bits a bf16 weight lacks, if it is kept to fp32 precision.
         lane: its options.
-        step: how many steps its weight has taken, this one included.
-        good: None, or a flag on the device: whether it is updated at all.
+        entry: its weight.
         sizes: (copies, out, in).
         vectors: where SN keeps its own.
-        warm: whether SN may start from them.
         unit, run: what it is of a matrix that lies over ranks.
-        largest: |G|'s largest entry, on the device, where that is known of all of a weight.
     """
 
     W: Tensor
@@ -66,14 +65,21 @@ class Piece:
     buffers: dict[str, Tensor]
     low: Tensor | None
     lane: Lane
-    step: float | Tensor
-    good: Tensor | None
+    entry: Ready
     sizes: tuple[int, int, int]
     vectors: Tensor | None
-    warm: bool
     unit: int | None = None
     run: Run | None = None
-    largest: Tensor | None = None
+
+    @property
+    def good(self) -> Tensor | None:
+        """None, or a flag on the device: whether it is updated at all."""
+        return self.entry.good
+
+    @property
+    def warm(self) -> bool:
+        """Whether SN may start from its vectors."""
+        return self.entry.warm
 
     @property
     def o(self) -> dict[str, Any]:
@@ -123,9 +129,9 @@ def advance(pieces: list[Piece]) -> Direction:
         else:
             G = list(torch._foreach_add(G, weights, alpha=lane.decay))
     buffers = {name: [piece.buffers[name] for piece in pieces] for name in pieces[0].buffers}
-    for first, *_ in buffers.values():
-        G = [g.to(first.dtype) for g in G]
-    steps = [piece.step for piece in pieces]
+    for held in buffers.values():
+        G = [g.to(buffer.dtype) for g, buffer in zip(G, held, strict=True)]
+    steps = [piece.entry.step for piece in pieces]
     if not masked:
         return UPDATES[lane.o["update"]](G, buffers, lane.o, steps)
     new = {name: [buffer.clone() for buffer in held] for name, held in buffers.items()}
@@ -155,7 +161,7 @@ def write_(pieces: list[Piece], direction: Direction) -> None:
         if piece.low is None:
             keep_(piece.W, W, piece.good)
         else:
-            high, low = _split(W)
+            high, low = split(W)
             keep_(piece.W, high, piece.good)
             keep_(piece.low, low, piece.good)
 
@@ -177,22 +183,5 @@ def keep_(old: Tensor, new: Tensor, good: Tensor | None) -> None:
 def _whole(piece: Piece, *, copy: bool = False) -> Tensor:
     """The weight to the precision it is kept in."""
     if piece.low is not None:
-        return _join(piece.W, piece.low)
+        return join(piece.W, piece.low)
     return piece.W.clone() if copy else piece.W
-
-
-def _join(W: Tensor, low: Tensor) -> Tensor:
-    """fp32 from its rounding to bf16 and the 16 bits that rounding left out, as `_split` makes them.
-
-    Where the weight has been written by others since, the bits are still worth less than half a unit in its last place.
-    """
-    bits = W.view(torch.int16).to(torch.int32)
-    magnitude = (((bits & 0x7FFF) << 16) + low).clamp(min=0)  # the bits of an older weight must not carry a zero below zero
-    return (magnitude | ((bits >> 15) << 31)).view(torch.float32)
-
-
-def _split(W: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bf16 and the rest of the bits of fp32, as int16."""
-    bits = W.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Shape", "advance_", "apply_", "ritz", "shape_of", "symmetric"]
+__all__ = ["BLOCK", "Shape", "adam_", "advance_", "apply_", "ritz", "shape_of", "symmetric"]
 
 TILE = 64
 """Side of a tile of `advance_` and `apply_`: 64 × 64 entries, of which rows and columns both fill whole lines of memory."""
@@ -204,7 +204,7 @@ def ritz(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         after: H, likewise.
 
     Returns:
-        √λ of H·v = λ·G·v, shape (batch,), never more than σ₁ of X but by rounding, as G is shifted by 16 ε of its trace; and T like G.
+        √λ of H·v = λ·G·v, shape (batch,), never more than σ₁ of X but by rounding, as G is shifted by 8 ε of its trace; and T like G.
     """
     sigma, turn = before.new_empty(len(before)), torch.empty_like(before)
     _ritz[(len(before),)](before, after, sigma, turn, SQUARINGS=20, SHIFT=2.0**-20, K=16, num_warps=1)
@@ -227,7 +227,7 @@ TILE_SIDE = tl.constexpr(TILE)
 @triton.jit
 def _advance(
     grads, buffers, finite, factors, out, squares, largest, momentum, r, c, g_row, g_col, b_row, b_col,
-    DTYPE: tl.constexpr, BUFFER: tl.constexpr, NESTEROV: tl.constexpr, TALL: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, NESTEROV: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(1).to(tl.int64)
     rows, cols, at, inside = _place(r, c, g_row, g_col)
@@ -236,13 +236,13 @@ def _advance(
     G = tl.load(tl.load(grads + matrix).to(tl.pointer_type(DTYPE)) + at, mask=inside & fine, other=0.0).to(tl.float32)
     Phi = G
     B = G
-    if BUFFER:
+    if STATE is not None:
         place = (
-            tl.load(buffers + matrix).to(tl.pointer_type(DTYPE)) + rows[:, None].to(tl.int64) * b_row + cols[None, :].to(tl.int64) * b_col
+            tl.load(buffers + matrix).to(tl.pointer_type(STATE)) + rows[:, None].to(tl.int64) * b_row + cols[None, :].to(tl.int64) * b_col
         )
         B = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         B = tl.where(fine, B + (1.0 - mu) * (G - B), B)
-        B = B.to(DTYPE)
+        B = B.to(STATE)
         tl.store(place, B, mask=inside & fine)
         B = B.to(tl.float32)
         Phi = G + mu * (B - G) if NESTEROV else B
@@ -270,13 +270,13 @@ def advance_(
     _advance[grid](
         grads, grads if buffers is None else buffers, finite, factors, out, squares, largest, momentum, r, c,
         *like.stride(), *(like if kept is None else kept).stride(),
-        DTYPE=_DTYPES[like.dtype], BUFFER=buffers is not None, NESTEROV=nesterov, TALL=r > c,
+        DTYPE=_DTYPES[like.dtype], STATE=None if kept is None else _DTYPES[kept.dtype], NESTEROV=nesterov, TALL=r > c,
     )  # fmt: skip
     return squares.sum(1), largest.amax(1)
 
 
 @triton.jit
-def _apply(weights, U, scale, decay, finite, r, c, row, col, DTYPE: tl.constexpr, TALL: tl.constexpr):
+def _apply(weights, lows, U, scale, decay, finite, r, c, row, col, DTYPE: tl.constexpr, LOW: tl.constexpr, TALL: tl.constexpr):
     matrix = tl.program_id(1).to(tl.int64)
     rows, cols, at, inside = _place(r, c, row, col)
     fine = tl.load(finite + matrix) != 0
@@ -285,17 +285,94 @@ def _apply(weights, U, scale, decay, finite, r, c, row, col, DTYPE: tl.constexpr
         u = tl.trans(tl.load(X + cols[:, None].to(tl.int64) * r + rows[None, :], mask=(cols[:, None] < c) & (rows[None, :] < r), other=0.0))
     else:
         u = tl.load(X + rows[:, None].to(tl.int64) * c + cols[None, :], mask=inside, other=0.0)
-    W = tl.load(weights + matrix).to(tl.pointer_type(DTYPE)) + at
-    w = tl.load(W, mask=inside & fine, other=0.0).to(tl.float32)
-    w = tl.load(decay + matrix) * w - tl.load(scale + matrix) * u.to(tl.float32)
-    tl.store(W, w.to(DTYPE), mask=inside & fine)
+    W, low, mask = tl.load(weights + matrix), tl.load(lows + matrix), inside & fine
+    w = _kept(W, low, at, mask, DTYPE, LOW)
+    _keep(W, low, at, tl.load(decay + matrix) * w - tl.load(scale + matrix) * u.to(tl.float32), mask, DTYPE, LOW)
 
 
-def apply_(weights: Tensor, like: Tensor, U: Tensor, scale: Tensor, decay: Tensor, finite: Tensor) -> None:
-    """`compiler.kernels.apply_`, for matrices at the addresses `weights` that lie in memory like `like`."""
+@triton.jit
+def _kept(W, low, at, mask, DTYPE: tl.constexpr, LOW: tl.constexpr):
+    """Entries of the weight at address W, in fp32: `compiler.bits.join` where its bits are kept at the address low."""
+    if LOW:
+        bits = tl.load(W.to(tl.pointer_type(tl.int16)) + at, mask=mask, other=0).to(tl.int32)
+        magnitude = ((bits & 0x7FFF) << 16) + tl.load(low.to(tl.pointer_type(tl.int16)) + at, mask=mask, other=0).to(tl.int32)
+        w = (tl.maximum(magnitude, 0) | ((bits >> 15) << 31)).to(tl.float32, bitcast=True)
+    else:
+        w = tl.load(W.to(tl.pointer_type(DTYPE)) + at, mask=mask, other=0.0).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _keep(W, low, at, new, mask, DTYPE: tl.constexpr, LOW: tl.constexpr):
+    """Write them: `compiler.bits.split`."""
+    if LOW:
+        bits = new.to(tl.int32, bitcast=True)
+        high = (bits + 0x8000) >> 16
+        tl.store(W.to(tl.pointer_type(tl.int16)) + at, high.to(tl.int16), mask=mask)
+        tl.store(low.to(tl.pointer_type(tl.int16)) + at, (bits - (high << 16)).to(tl.int16), mask=mask)
+    else:
+        tl.store(W.to(tl.pointer_type(DTYPE)) + at, new.to(DTYPE), mask=mask)
+
+
+def apply_(weights: Tensor, lows: Tensor | None, like: Tensor, U: Tensor, scale: Tensor, decay: Tensor, finite: Tensor) -> None:
+    """`compiler.kernels.apply_`, for matrices at the addresses `weights` and `lows` that lie in memory like `like`."""
     r, c = like.shape
     grid = (triton.cdiv(r, TILE) * triton.cdiv(c, TILE), len(weights))
-    _apply[grid](weights, U, scale, decay, finite, r, c, *like.stride(), DTYPE=_DTYPES[like.dtype], TALL=r > c)
+    _apply[grid](
+        weights, weights if lows is None else lows, U, scale, decay, finite, r, c, *like.stride(),
+        DTYPE=_DTYPES[like.dtype], LOW=lows is not None, TALL=r > c,
+    )  # fmt: skip
 
+
+@triton.jit
+def _adam(
+    work, weights, lows, grads, means, squares, sizes, rate, decay, root, finite, rest1, beta2, rest2, eps,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program p takes BLOCK entries of one tensor: which, and the how manieth of them, are entries p of `work`."""
+    tensor = tl.load(work + 2 * tl.program_id(0))
+    at = tl.load(work + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = (at < tl.load(sizes + tensor)) & (tl.load(finite + tensor) != 0)
+    W, low = tl.load(weights + tensor), tl.load(lows + tensor)
+    M = tl.load(means + tensor).to(tl.pointer_type(STATE)) + at
+    V = tl.load(squares + tensor).to(tl.pointer_type(STATE)) + at
+    g = tl.load(tl.load(grads + tensor).to(tl.pointer_type(DTYPE)) + at, mask=mask, other=0.0).to(tl.float32)
+    m, v = tl.load(M, mask=mask, other=0.0).to(tl.float32), tl.load(V, mask=mask, other=0.0).to(tl.float32)
+    m, v = (m + rest1 * (g - m)).to(STATE), (beta2 * v + rest2 * g * g).to(STATE)
+    tl.store(M, m, mask=mask)
+    tl.store(V, v, mask=mask)
+    Phi = tl.div_rn(m.to(tl.float32), tl.div_rn(tl.sqrt_rn(v.to(tl.float32)), tl.load(root + tensor)) + eps)
+    w = _kept(W, low, at, mask, DTYPE, LOW)
+    _keep(W, low, at, tl.load(decay + tensor) * w - tl.load(rate + tensor) * Phi, mask, DTYPE, LOW)
+
+
+def adam_(
+    work: Tensor, dtypes: tuple[torch.dtype, torch.dtype, bool], tables: list[Tensor], sizes: Tensor, factors: list[Tensor], finite: Tensor,
+    betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """`compiler.kernels.adam_`, for weights, their bits, gradients, m and v at the addresses `tables`.
+
+    `dtypes`: of weights and gradients, of m and v, and whether bits are kept; `factors`: rate, decay and root.
+    """
+    (beta1, beta2), (dtype, state, low) = betas, dtypes
+    _adam[(len(work),)](
+        work,
+        *tables,
+        sizes,
+        *factors,
+        finite,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        DTYPE=_DTYPES[dtype],
+        STATE=_DTYPES[state],
+        LOW=low,
+        BLOCK=BLOCK,
+    )
+
+
+BLOCK = 1024
+"""Entries that a program of `adam_` takes."""
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BUFFERS", "UPDATES", "Direction", "buffers_of", "largest_gradient", "scale_"]
+__all__ = ["BUFFERS", "UPDATES", "Direction", "buffers_of", "correction", "largest_gradient", "scale_"]
 
 Options = dict[str, Any]
 Buffers = dict[str, list[Tensor]]
@@ -98,9 +98,12 @@ def _corrections(beta: float, steps: Scalars) -> Scalars:
     """1 - β^step of each weight."""
     if not isinstance(steps[0], Tensor):
         return [1 - beta**step for step in steps]
-    if beta == 0:
-        return [1.0] * len(steps)
-    return list((-torch.expm1(torch.stack(steps) * math.log(beta))).unbind())  # exact in fp32, where 1 - 0.999 is off by 5e-5
+    return list(correction(beta, torch.stack(steps)).unbind())
+
+
+def correction(beta: float, steps: Tensor) -> Tensor:
+    """1 - β^step, exact in fp32, where 1 - 0.999 is off by 5e-5."""
+    return -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
 
 
 UPDATES: dict[str, Callable[[list[Tensor], Buffers, Options, Scalars], Direction]] = {

@@ -20,7 +20,7 @@ import torch
 
 from compiler import SpectralOptimizer
 from compiler.coefficients import SCHEDULES
-from compiler.msign import is_rough
+from compiler.msign import storage
 
 MOMENTUM = 0.95
 CLIP = 10_000.0
@@ -138,11 +138,10 @@ def _our_floor(accuracy: str, device: torch.device) -> Floor | None:
     if accuracy == "exact" and device.type == "cpu":
         return None
     chunks = [len(chunk) for chunk in SCHEDULES[accuracy].chunks]
-    working = torch.float16 if device.type == "cuda" and accuracy != "exact" else torch.float32
 
     def of(m: int, _n: int) -> tuple[Chunk, ...]:
-        rough = device.type == "cpu" and is_rough(m, working, device, accuracy)
-        return tuple(Chunk(n, torch.bfloat16 if rough and i < len(chunks) - 1 else working) for i, n in enumerate(chunks))
+        working = storage(m, torch.float32, device, accuracy)
+        return tuple(Chunk(n, working) for n in chunks)
 
     return Floor(of, symmetric=True)
 

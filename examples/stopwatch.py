@@ -146,7 +146,7 @@ class Runner:
         return {"launches": sum(count for _, count, _ in events), "products": round(products, 3), "workspace_bytes": workspace}
 
     def _under_profiler(self, activities: list[ProfilerActivity]) -> profile:
-        with warnings.catch_warnings(), profile(activities=activities, profile_memory=self.device.type == "cpu") as found:
+        with warnings.catch_warnings(), profile(activities=activities, profile_memory=self.device.type == "cpu", acc_events=True) as found:
             warnings.simplefilter("ignore")
             self._step()
         return found

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from hypothesis import settings
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))])
@@ -10,3 +11,6 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+settings.register_profile("slow", max_examples=10_000)  # pytest --hypothesis-profile slow

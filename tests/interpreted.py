@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from compiler import kernels, triton_kernels
+from compiler.bits import join
 from compiler.norms import follow
 from compiler.triton_kernels import _root
 
@@ -171,6 +172,47 @@ def test_the_pass_after_is_that_of_torch(dtype, shape):
             results.append(weights)
         for ours, torchs in zip(*results, strict=True):
             torch.testing.assert_close(ours, torchs, rtol=EPS[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "master"), [*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True)], ids=str)
+def test_adams_pass_is_that_of_torch(dtype, master):
+    """Tensors smaller and larger than a block, one spoilt, no scalar alike; bf16 also kept to fp32."""
+    shapes, finite = [(7,), (), (40, 60), (3, 5, 70), (1024,)], torch.tensor([True, True, True, False, True])
+    factors = {"rate": torch.rand(5), "decay": 1 - torch.rand(5) / 10, "root": torch.rand(5)}
+    results = []
+    for call in (lambda f, *a, **k: f(*a, **k), in_torch):
+        torch.manual_seed(1)
+        weights, grads = ([torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2))
+        means, squares = ([f(shape).to(torch.float32 if master else dtype) for shape in shapes] for f in (torch.randn, torch.rand))
+        lows = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16) for shape in shapes] if master else None
+        grads[3].flatten()[5] = torch.nan
+        before = grads[3].clone(), weights[3].clone(), means[3].clone(), squares[3].clone()
+        call(kernels.adam_, weights, grads, means, squares, betas=(0.9, 0.99), eps=1e-3, finite=finite, lows=lows, **factors)
+        for kept, now in zip(before, (grads[3], weights[3], means[3], squares[3]), strict=True):
+            torch.testing.assert_close(now, kept, rtol=0, atol=0, equal_nan=True)
+        results.append((weights if lows is None else [join(W, low) for W, low in zip(weights, lows, strict=True)]) + means + squares)
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=EPS[ours.dtype], atol=EPS[ours.dtype] if ours.dtype != torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 80), (130, 70)], ids=str)
+def test_bits_that_bf16_lacks_are_kept(shape):
+    """Sums of many small steps, with old bits of either sign, and zeros; exactly as torch joins and splits them."""
+    results = []
+    for call in (lambda f, *a, **k: f(*a, **k), in_torch):
+        torch.manual_seed(2)
+        weights = [(torch.randn(shape) * (torch.rand(shape) > 0.1)).bfloat16() for _ in range(3)]
+        lows = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16) for _ in weights]
+        finite = torch.tensor([True, False, True])
+        before = weights[1].clone(), lows[1].clone()
+        for _ in range(4):
+            U = torch.randn(3, min(shape), max(shape)).half()
+            call(kernels.apply_, weights, U, scale=torch.full((3,), 2.0**-12), decay=1.0, finite=finite, lows=lows)
+        assert torch.equal(weights[1], before[0])
+        assert torch.equal(lows[1], before[1])
+        results.append([join(W, low) for W, low in zip(weights, lows, strict=True)])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=2**-22, atol=2**-30)
 
 
 def test_slices_of_weights_are_taken_where_they_lie():

@@ -127,6 +127,18 @@ def test_a_first_gradient_that_is_spoilt_leaves_a_state_of_zeros():
     assert optimizer.state[W[3]]["step"] == 1
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_range_of_fp64_is_that_of_fp64(size):
+    W = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    optimizer = SpectralOptimizer([W], 0.0, capturable=True, momentum=0.5)
+    for lr in (0.0, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        W.grad = torch.eye(4, dtype=torch.float64) * size
+        optimizer.step()
+    torch.testing.assert_close(W.data, -0.1 * torch.eye(4, dtype=torch.float64), rtol=2e-2, atol=0)
+    assert (optimizer.state[W]["momentum_buffer"].diagonal() == 0.75 * size).all()
+
+
 def test_raising_has_to_read_and_changes_nothing():
     W = model()
     optimizer = optimizer_of(W, nonfinite="raise")

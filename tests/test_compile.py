@@ -496,6 +496,7 @@ FAILURES = {
     "base of other shapes": (lambda m: compiler.compile(m, TABLE, lr=0.1, base=MLP(8)), WrongWidth, "embed.weight"),
     "constant base": (lambda m: compiler.compile(m, TABLE, lr=0.1, base=zeroed(Net(BASE))), BadOption, "'experts'"),
     "unreached": (lambda m: compiler.compile(m, table(*TABLE.rules[:-2]), lr=0.1), UnreachedWeights, "head.weight, head.bias"),
+    "another model": (lambda m: compiler.compile(nn.Sequential(m), TABLE, lr=0.1), WrongWidth, "the model has no weight 'embed.weight'"),
     "wrong width": (lambda m: compiler.compile(m, table(linear("head.weight", V + 1, d), *TABLE.rules), lr=0.1), WrongWidth, "head.weight"),
 }
 

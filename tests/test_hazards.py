@@ -278,3 +278,26 @@ def test_temporary_memory_keeps_within_the_workspace(map, update, capturable):
         with Peak() as seen:
             optimizer.step()
         assert 2**16 < seen.peak <= 2**20 + (state_bytes(optimizer) if step == 0 else 0)  # the first one makes the state
+
+
+@pytest.mark.parametrize("map", [*MAPS, None])
+@pytest.mark.parametrize("update", UPDATES)
+def test_weights_of_several_dtypes_in_one_group_are_each_stepped_as_if_alone(map, update):
+    def weights():
+        generator = torch.Generator().manual_seed(0)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
+            W = nn.Parameter(torch.randn(6, 4, generator=generator).to(dtype))
+            W.grad = torch.randn(6, 4, generator=generator).to(dtype)
+            yield W
+
+    together, alone = list(weights()), list(weights())
+    for optimizer in (SpectralOptimizer(together, 0.1, update, map), *(SpectralOptimizer([W], 0.1, update, map) for W in alone)):
+        optimizer.step()
+        optimizer.step()
+    for W, V in zip(together, alone, strict=True):
+        torch.testing.assert_close(W, V, atol=0, rtol=8 * torch.finfo(W.dtype).eps)
+
+
+def test_a_learning_rate_that_yaml_read_as_text_is_refused():
+    with pytest.raises(BadOption, match=r"lr=.*1e-3.*finite number"):
+        SpectralOptimizer([nn.Parameter(torch.zeros(2, 2))], lr="1e-3")

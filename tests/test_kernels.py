@@ -53,11 +53,15 @@ for shape in {kernels.shape_of(batch, m, torch.float16) for batch, m in ((1, 256
     assert "wgmma.mma_async" in code, "no tensor cores"
     assert ("cp.async.bulk.tensor" if shape.tma else "cp.async") in code, "no pipeline"
 import triton.language as tl
-tables = {"grads": "*i64", "buffers": "*i64", "weights": "*i64", "finite": "*i1"}
+tables = {"grads": "*i64", "buffers": "*i64", "weights": "*i64", "lows": "*i64", "finite": "*i1"}
 numbers = dict.fromkeys(["factors", "squares", "largest", "momentum", "scale", "decay"], "*fp32")
 for tall in (False, True):
-    ptx(kernels._advance, {**tables, **numbers, "out": "*fp16"}, {"DTYPE": tl.float32, "BUFFER": True, "NESTEROV": True, "TALL": tall})
-    ptx(kernels._apply, {**tables, **numbers, "U": "*fp16"}, {"DTYPE": tl.bfloat16, "TALL": tall})
+    ptx(kernels._advance, {**tables, **numbers, "out": "*fp16"}, {"DTYPE": tl.float32, "STATE": tl.float32, "NESTEROV": True, "TALL": tall})
+    ptx(kernels._apply, {**tables, **numbers, "U": "*fp16"}, {"DTYPE": tl.bfloat16, "LOW": tall, "TALL": tall})
+tables = dict.fromkeys(["weights", "lows", "grads", "means", "squares", "sizes"], "*i64") | {"work": "*i32", "finite": "*i1"}
+numbers = dict.fromkeys(["rate", "decay", "root"], "*fp32") | dict.fromkeys(["rest1", "beta2", "rest2", "eps"], "fp32")
+for dtype, low in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
+    ptx(kernels._adam, {**tables, **numbers}, {"DTYPE": dtype, "STATE": tl.float32 if low else dtype, "LOW": low, "BLOCK": kernels.BLOCK})
 print("compiled")
 """
 
@@ -75,6 +79,16 @@ def test_the_triton_kernels_compile_for_an_h100_without_one(tmp_path):
 def test_symmetric_products(dtype, batch, m, k, device):
     """Every option, numbers and tensors, also where the triangle is computed in panels."""
     check_symmetric(dtype, batch, m, k, device)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_symmetric_product_in_fp16_may_be_out_of_range_before_it_is_scaled(each, device):
+    """fp16 ends at 65504; sums and summands are in fp32 and rounded once."""
+    A = torch.ones(2, 3, 70_000, dtype=torch.float16, device=device)
+    alpha = torch.tensor([1e-4, 2e-4], device=device) if each else 1e-4
+    out = kernels.symmetric(A, alpha=alpha, C=A[..., :3].clone(), beta=0.5)
+    exact = 7 * torch.tensor([1, 2 if each else 1], device=device) + 0.5
+    torch.testing.assert_close(out, exact[:, None, None].half().expand_as(out))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -45,7 +45,7 @@ def in_half(device, level):
 @pytest.mark.parametrize("level", ["fast", "default", "high"])
 @pytest.mark.parametrize(("m", "n", "count"), [(16, 16, 1000), (16, 64, 500), (32, 32, 300)])
 def test_fp16_diverges_on_no_matrix(level, m, n, count):
-    """Rows, columns and spectra of all sizes. Without room after the first part, one in a thousand has a norm of 1.3 to 300."""
+    """Rows, columns and spectra of all sizes. If the second part held up to 1 only, one in a thousand would have a norm of 1.3 to 300."""
     U, V = (torch.linalg.qr(torch.randn(count, side, m))[0] for side in (m, n))
     s = torch.exp(-12 * torch.rand(count, 1) * torch.rand(count, m).sort(1)[0])
     s = s * (torch.arange(m) < torch.randint(1, m + 1, (count, 1))) + 1e-5
@@ -67,9 +67,9 @@ def test_exact_is_the_polar_factor(shape, device):
 @pytest.mark.parametrize("level", SCHEDULES)
 @pytest.mark.parametrize(("m", "n"), [(60, 60), (40, 200), (200, 40)])
 def test_every_level_keeps_its_word(level, m, n, device):
-    """σ/‖X‖_F from the lower end of the level up to 1: every singular value of msign(X) in the stated image, along the same directions."""
+    """σ/s from the lower end of the level up to 1: every singular value of msign(X) in the stated image, along the same directions."""
     schedule = SCHEDULES[level]
-    s = torch.logspace(0, -6, 40, dtype=torch.float64).clamp(min=1.5 * schedule.lower)  # ‖X‖_F is about 1.4
+    s = torch.logspace(0, -6, 40, dtype=torch.float64).clamp(min=1.25 * schedule.lower)  # s is 1.07
     X, exact = with_spectrum(m, n, s)
     Y = msign(X.float().to(device), accuracy=level).cpu().double()
     low, high = schedule.image
