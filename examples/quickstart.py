@@ -77,9 +77,9 @@ def main() -> None:
     print(f"\nCoordinate check of Adam, derived\n{checked['Adam, derived']}")
     print("\nWhat was measured")
     for arm, check in checked.items():
+        passed = "passed" if check.passed else "failed"
         slopes = [by_step[5] for by_step in check.slopes.values() if by_step[5] is not None]
-        verdict = "flat" if check.passed else "not flat"
-        print(f"  {arm}: 5 steps change activations like width^{min(slopes):+.2f} to width^{max(slopes):+.2f}, {verdict}")
+        print(f"  {arm}: 5 steps change activations like width^{min(slopes):+.2f} to width^{max(slopes):+.2f}, {passed}")
     for arm, sweep in swept.items():
         best = ", ".join(f"{lr:.2g} at width {width}" for width, lr in sweep.fitted_optima.items())
         print(f"  {arm}: best learning rate {best}")

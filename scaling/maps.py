@@ -46,6 +46,11 @@ class WeightMaps:
         """‖·‖₂ of every map, the largest copy's."""
         return ((name, float(spectral_norms(maps).max())) for name, maps in self.maps(tensors))
 
+    def frobenius(self, tensors: Mapping[str, Tensor], *, rank: int | None = None) -> Iterator[tuple[str, float]]:
+        """‖·‖_F/√rank of every map with two fans above 1, the root of the mean of squares over copies; None is the full rank."""
+        matrices = ((name, full(maps)) for name, maps in self.maps(tensors) if min(maps.shape[1:]) > 1)
+        return ((name, float((maps.square().sum((1, 2)).mean() / (rank or min(maps.shape[1:]))).sqrt())) for name, maps in matrices)
+
 
 def _blocks(name: str, table: ScalingTable) -> list[tuple[str, Block]]:
     blocks = table[name].blocks

@@ -119,7 +119,7 @@ def multipliers(graph: LayerGraph, growth: Growth, uses: Sequence[WeightUse], do
     taken = taken_by(graph, growth, list(dots))
     out: dict[WeightUse, tuple[float, ...]] = {}
     for use in uses:
-        numbers = [as_number(graph, graph.calls[node]) for node in _chain(graph, use.operand)]
+        numbers = [as_number(graph, graph.calls[node]) for node in graph.made_of(use.operand)[use.weight][1:]]
         numbers += [as_number(graph, graph.calls[node]) for node in _after(graph, use.call.node) if node not in taken]
         out[use] = tuple(math.prod(abs(row[i]) for row in numbers) for i in range(len(graph.recordings)))
     made = {node for use in uses for node in _after(graph, use.call.node)}
@@ -127,13 +127,6 @@ def multipliers(graph: LayerGraph, growth: Growth, uses: Sequence[WeightUse], do
         before = [as_number(graph, graph.calls[node]) for node in _before(graph, use) if node not in taken | made]
         out[use] = tuple(value * math.prod(abs(row[i]) for row in before) for i, value in enumerate(out[use]))
     return out
-
-
-def _chain(graph: LayerGraph, node: fx.Node) -> Iterator[fx.Node]:
-    """The operators on the weight alone."""
-    while not graph.calls[node].names:
-        yield node
-        node = next(n for n in node.all_input_nodes if n in graph.weight_only)
 
 
 def _scales(graph: LayerGraph, node: fx.Node) -> bool:

@@ -48,7 +48,7 @@ def coordinates(checks: Mapping[str, CoordinateCheck], path: str | Path) -> None
     """Writes a row per check, titled with its key, and a panel per step: log2 RMS against width, a line per activation.
 
     At step 0 the activations themselves, then their changes since init, each relative to its value at the smallest width, so that
-    slopes compare. A change that is not flat is red.
+    slopes compare. A change that is not as predicted is red.
 
     Raises:
         MissingExtra: if matplotlib is not installed.
@@ -87,8 +87,9 @@ def _curves(panel: Axes, sweep: LearningRateSweep) -> None:
 def _lines(panel: Axes, check: CoordinateCheck, group: Sequence[Series]) -> None:
     x = [math.log2(width) for width in check.widths]
     shown = [series for series in group if series.slope is not None and math.isfinite(series.slope)]
+    missed = check.missed
     for series in shown:
-        failed = series in check.failures
+        failed = series in missed
         y = [math.log2(value / series.values[0]) for value in series.values]
         panel.plot(x, y, color=FAILED if failed else PASSED, alpha=0.7, linewidth=1.2, marker=".", zorder=3 if failed else 2)
     for slope, name in ((1, "1"), (0, "0"), (-0.5, "-1/2")):

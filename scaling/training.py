@@ -66,10 +66,11 @@ class Environment(Record):
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The generators of torch start from `seed` inside, and go on outside as if nothing had happened."""
+def seeded(seed: int | None) -> Iterator[None]:
+    """The generators of torch start from `seed` inside (None: where they are), and go on outside as if nothing had happened."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,9 @@ from torch import nn
 from scaling import maps, measure, plots
 from scaling.errors import CannotMeasure, MissingExtra
 from scaling.limits import WIDTH
-from scaling.measure import Assumptions, CoordinateCheck, LearningRateSweep, assumptions, coordinate_check, learning_rate_sweep
+from scaling.measure import Assumptions, CoordinateCheck, LearningRateSweep, Series, assumptions, coordinate_check, learning_rate_sweep
 from scaling.records import Block, Coverage, Factor, ScalingTable, Source, Use, WeightRule
+from scaling.trend import trend
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -315,6 +317,307 @@ def test_norms_of_table_3_follow_the_spectral_condition(mup_adam):
     assert slopes["2.weight"] == pytest.approx({0: 0, 1: 0, 5: 0}, abs=0.1)
     assert slopes["4.weight"] == pytest.approx({0: -0.5, 1: -0.5, 5: -0.5}, abs=0.15)
     assert slopes["0.weight"] == pytest.approx({0: 0.5, 1: 0.5, 5: 0.5}, abs=0.15)
+
+
+# a module's own part of a change
+
+
+class Wrapped(nn.Module):
+    """Weights in every form: a matrix, a gain whose module has in-place and random parts, a module with weights of its own and inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Linear(16, width)
+        self.rnn = nn.LSTM(width, width, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, 2, dropout=0.5, batch_first=True)
+        self.norm = nn.BatchNorm1d(width)
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(width, 10))
+
+    def forward(self, x):
+        x = self.first(x)[:, None].expand(-1, 3, -1)
+        x = self.rnn(x)[0]
+        x = x + self.attention(x, x, x)[0]
+        return self.last(self.norm(x.mean(1)))
+
+
+def test_own_and_inherited_parts_are_those_of_the_initial_weights_on_the_same_input(data):
+    """(W - W₀)x + (b - b₀) and W₀(x - x₀), written out for the last layer of two."""
+    models, starts = {}, {}
+
+    def build(width):
+        models[width] = mlp(width)
+        starts[width] = {name: weight.detach().clone() for name, weight in models[width].named_parameters()}
+        return models[width], torch.optim.SGD(models[width].parameters(), lr=0.1)
+
+    check = coordinate_check(build, data, (8, 16), steps=(3,), seeds=(0,))
+    own, inherited = ({s.name: s.values for s in check.series if s.quantity == quantity} for quantity in ("own", "inherited"))
+    assert list(own) == [f"{name} by {part}" for name in "024" for part in ("weight", "bias")]
+    assert list(inherited) == ["0", "2", "4"]
+    assert inherited["0"] == (0, 0), "the data does not change"
+    for i, width in enumerate((8, 16)):
+        start, model = starts[width], models[width]
+        with torch.no_grad():
+            x = model[:4](data[0][0])
+            before = torch.func.functional_call(model[:4], {n: start[n] for n, _ in model[:4].named_parameters()}, data[0][0])
+            moved = F.linear(x, model[4].weight - start["4.weight"])
+            shifted = model[4].bias - start["4.bias"]
+            passed_on = F.linear(x - before, start["4.weight"])
+        for found, expected in ((own["4 by weight"], moved), (own["4 by bias"], shifted), (inherited["4"], passed_on)):
+            assert found[i] == pytest.approx(float(expected.square().mean().sqrt()), rel=1e-4)
+
+
+def test_a_falling_weight_is_seen_beside_a_bias_that_does_not_fall(few):
+    """Their sum is flat: the classical check, without a table, does not see the wrong rule; by the norm of the weight it is seen."""
+    build = off(table3(torch.optim.Adam, 0.02), 4, lr=-1)
+    assert coordinate_check(build, few, WIDTHS).passed
+    check = coordinate_check(build, few, WIDTHS, table=mlp_table())
+    assert {series.name for series in check.missed} == {"4.weight"}
+    assert check.own_slopes["4 by weight"][5] == pytest.approx(-1, abs=0.2)
+    assert abs(check.own_slopes["4 by bias"][5]) < 0.2
+    assert "by their weights, in the order of the model\n  ΔW·x of 4 by weight, step 1: slope -" in check.verdict
+
+
+def test_a_replay_leaves_weights_buffers_and_random_numbers_as_they_were(data):
+    built = {}
+
+    def build(width):
+        built[width] = Wrapped(width)
+        return built[width], torch.optim.SGD(built[width].parameters(), lr=0.1)
+
+    check = coordinate_check(build, data, (8, 16), steps=(1, 2, 3), seeds=(5,))
+    names = {series.name for series in check.series if series.quantity == "own"}
+    assert {name for name in names if "attention[0]" in name} == {
+        f"attention[0] by {part}" for part in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    }
+    assert {name for name in names if name.startswith("last")} == {
+        f"last by {part}" for part in ("bias", "parametrizations.weight.original0", "parametrizations.weight.original1")
+    }
+    assert {"rnn[0] by weight_hh_l0", "rnn[1][0] by bias_ih_l0", "norm by weight"} <= names
+    torch.manual_seed(5)
+    measured = built[8]
+    plain, optimizer = build(8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(data[0][0]), data[0][1]).backward()
+        optimizer.step()
+    for (name, a), (_, b) in zip(measured.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert not any(module._forward_pre_hooks for module in measured.modules())
+
+
+def test_a_module_whose_weights_do_not_move_has_no_own_part(data):
+    """Random parts of a replay are those of the run: dropout inside the module is not taken for a change."""
+
+    def build(width):
+        model = Wrapped(width)
+        still = {*model.rnn.parameters(), *model.attention.parameters()}
+        return model, torch.optim.SGD([p for p in model.parameters() if p not in still], lr=0.1)
+
+    check = coordinate_check(build, data, (8, 16), steps=(2,), seeds=(0,))
+    own = {series.name: series for series in check.series if series.quantity == "own"}
+    assert own["attention[0] by in_proj_weight"].values == own["rnn[0] by weight_hh_l0"].values == (0, 0)
+    assert all(value > 0 for value in own["first by weight"].values)
+
+
+def test_modules_that_are_given_a_cache_are_not_run_twice(data):
+    class Cache:
+        def __init__(self):
+            self.seen = 0
+
+    class Cached(nn.Linear):
+        def forward(self, x, cache):
+            cache.seen += 1
+            return super().forward(x) * cache.seen
+
+    class Model(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.last = Cached(16, width), nn.Linear(width, 10)
+
+        def forward(self, x):
+            return self.last(self.first(x, Cache()))
+
+    def build(width):
+        model = Model(width)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    check = coordinate_check(build, data, (8, 16), steps=(1,), seeds=(0,))
+    assert {series.name for series in check.series if series.quantity == "own"} == {"last by weight", "last by bias"}
+
+
+# the verdict
+
+
+def off(build, which, *, lr=0.0, init=0.0, base=64):
+    """A parametrization with the learning rate or the init of one layer wrong by a power of the width."""
+
+    def built(width):
+        model, optimizer = build(width)
+        weight, factor = model[which].weight, width / base
+        with torch.no_grad():
+            weight.mul_(factor**init)
+        groups = []
+        for group in optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            mine = [p for p in group["params"] if p is weight]
+            groups += [{**options, "params": [p for p in group["params"] if p is not weight]}]
+            groups += [{**options, "lr": group["lr"] * factor**lr, "params": mine}] if mine else []
+        return model, type(optimizer)(groups)
+
+    return built
+
+
+def mlp_table():
+    d = WIDTH
+    return table_of(
+        rule("0.weight", (8, 16), [(d, "out")], [(16, "in")]),
+        rule("2.weight", (8, 8), [(d, "out")], [(d, "in")]),
+        rule("4.weight", (10, 8), [(10, "out")], [(d, "in")]),
+        size=8,
+    )
+
+
+@pytest.mark.parametrize("which", [0, 2, 4])
+@pytest.mark.parametrize("power", [1.0, 0.5, -0.5, -1.0])
+def test_a_learning_rate_wrong_by_a_power_of_the_width_fails_and_the_first_failure_names_the_weight(which, power, few):
+    check = coordinate_check(off(table3(torch.optim.Adam, 0.02), which, lr=power), few, WIDTHS[:3], table=mlp_table())
+    assert check.outcome == "failed"
+    first = check.failures[0]
+    assert (first.name, first.quantity in {"update", "frobenius"}) == (f"{which}.weight", True), check.verdict
+    assert first.exponent - first.predicted == pytest.approx(power, abs=0.15)
+
+
+@pytest.mark.parametrize("which", [0, 2, 4])
+@pytest.mark.parametrize("power", [0.5, -0.5])
+def test_an_init_wrong_by_a_root_of_the_width_fails_by_the_norm_of_the_weight(which, power, few):
+    check = coordinate_check(off(table3(torch.optim.Adam, 0.02), which, init=power), few, WIDTHS[:3], seeds=(0, 1), table=mlp_table())
+    [norm] = [series for series in check.failures if series.step == 0]
+    assert norm.name == f"{which}.weight"
+    assert norm.exponent - norm.predicted == pytest.approx(power, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def few(data):
+    """Eight examples: gradients of a rank far below every width."""
+    x, target = data[0]
+    return [(x[:8], target[:8])]
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (3, 4, 5), (6, 7, 8)])
+def test_the_right_rules_pass_under_the_same_setting(seeds, few):
+    check = coordinate_check(table3(torch.optim.Adam, 0.02), few, WIDTHS, seeds=seeds, table=mlp_table())
+    assert check.passed, str(check)
+
+
+SMALL = [((64, 128, 256), (0,)), ((64, 256), (0,)), ((64, 128), (0, 1, 2))]
+"""What one tries first: few widths, one seed."""
+
+
+@pytest.mark.parametrize(("widths", "seeds"), SMALL)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_right_rules_pass_and_the_default_ones_do_not_however_small_the_check(widths, seeds, optimizer, data):
+    rate = 0.01 if optimizer is torch.optim.Adam else 0.3
+    for table in (None, mlp_table()):
+        right = coordinate_check(table3(optimizer, rate), data, widths, seeds=seeds, table=table)
+        assert right.passed, str(right)
+        assert not coordinate_check(standard(optimizer, rate), data, widths, seeds=seeds, table=table).passed
+
+
+@pytest.mark.parametrize("which", [0, 2, 4])
+@pytest.mark.parametrize("power", [1.0, 0.5, -0.5, -1.0])
+def test_one_seed_and_two_widths_find_a_wrong_learning_rate_by_the_table(which, power, few):
+    check = coordinate_check(off(table3(torch.optim.Adam, 0.02), which, lr=power), few, (64, 256), seeds=(0,), table=mlp_table())
+    assert f"{which}.weight" in {series.name for series in check.missed}
+    assert not check.passed
+    assert "though not excluded: take more seeds or larger widths" in check.verdict
+
+
+def test_one_run_at_two_widths_passes_by_its_best_estimates_and_says_how_sure_that_is(few):
+    check = coordinate_check(table3(torch.optim.Adam, 0.02), few, (64, 256), seeds=(0,), table=mlp_table())
+    assert check.passed
+    assert check.outcome == "undecided"
+    assert not check.failures
+    assert "not with 95 % confidence, for which take more seeds or larger widths" in str(check)
+    assert "✗" not in str(check)
+
+
+def test_a_smaller_tolerance_asks_for_more(few):
+    """0.15 is THEORY 6.1's, of plain slopes with several seeds."""
+    check = coordinate_check(table3(torch.optim.Adam, 0.02), few, WIDTHS, tolerance=0.15)
+    assert check.passed, str(check)
+    slopes = [abs(by_step[step]) for by_step in check.slopes.values() for step in (1, 5)]
+    assert not check.model_copy(update={"tolerance": min(slopes) / 2}).passed
+
+
+def series_of(quantity, of, noise=0.0):
+    samples = tuple(tuple(of(width) * (1 + noise * (seed - 1)) for seed in range(3)) for width in WIDTHS)
+    found = trend(WIDTHS, samples, 0.0)
+    values = tuple(sum(of_width) / 3 for of_width in samples)
+    return Series(
+        quantity=quantity, name="gate by weight" if quantity == "own" else "gate", step=5, values=values, samples=samples,
+        slope=measure._fitted(WIDTHS, values), predicted=0.0, exponent=found.exponent, interval=(found.low, found.high),
+    )  # fmt: skip
+
+
+def checked(*series):
+    return CoordinateCheck(widths=WIDTHS, steps=(0, 5), seeds=(0, 1, 2), series=series, environment=environment(), tolerance=0.25)
+
+
+def test_a_change_that_falls_is_a_transient_if_most_of_it_is_an_own_part_that_does_not_fall():
+    """A router: what it inherits dies out, what its weight learns stays."""
+    change = series_of("change", lambda d: 0.3 + d**-0.5 * 22)
+    flat, small = (series_of("own", lambda d, c=c: c, noise=0.02) for c in (1.0, 0.3))
+    assert not checked(change).passed
+    assert checked(change, flat).passed
+    assert not checked(change, small).passed
+
+
+def test_a_change_or_an_own_part_that_grows_is_no_transient_and_an_own_part_that_falls_is_no_failure():
+    flat, falls, grows = (series_of("own", lambda d, p=p: d**p, noise=0.02) for p in (0, -0.5, 0.5))
+    change = series_of("change", lambda d: 1.0, noise=0.02)
+    for own in (flat, falls):
+        assert checked(change, own).passed
+    assert checked(change, grows).missed == (grows,)
+    grown = series_of("change", lambda d: d**0.5, noise=0.02)
+    assert checked(grown, flat).failures == (grown,)
+
+
+def test_an_update_is_judged_by_the_norm_that_is_exact_and_an_init_by_that_of_gaussians():
+    """Adam's ‖·‖_F and msign's ‖·‖₂ are exact, the others are off while the gradient's rank grows: here by 0.4."""
+    change = series_of("change", lambda d: 1.0, noise=0.02)
+    flat, falls, grows = (partial(series_of, of=lambda d, p=p: d**p, noise=0.02) for p in (0, -0.4, 0.4))
+    assert checked(change, falls("update"), flat("frobenius")).passed
+    assert checked(change, flat("update"), grows("frobenius")).passed
+    assert checked(change, grows("update"), grows("frobenius")).missed == (grows("update"),)
+    for norm, frobenius in ((grows, flat), (flat, grows)):
+        at_init = [one(quantity).model_copy(update={"step": 0}) for one, quantity in ((norm, "weight"), (frobenius, "frobenius"))]
+        assert checked(change, *at_init).passed == (frobenius is flat)
+
+
+def test_a_change_within_rounding_at_one_width_is_not_decided_and_one_that_is_not_finite_fails():
+    def checked_with(*values):
+        series = series_of("change", lambda d: 1.0, noise=0.02)
+        return checked(series.model_copy(update={"values": values, "slope": math.nan, "exponent": None, "interval": None}))
+
+    assert (checked_with(1.0, 0.0, 1.0, 1.0).outcome, checked_with(1.0, 1.0, math.inf, 1.0).outcome) == ("undecided", "failed")
+    assert not checked_with(1.0, 0.0, 1.0, 1.0).passed
+    assert "take a larger learning rate" in str(checked_with(1.0, 0.0, 1.0, 1.0))
+
+
+def test_frobenius_norms_are_of_matrices_and_of_a_gaussian_exact():
+    table = table_of(
+        rule("wide", (400, 25), [(WIDTH, "out")], [(25, "in")]),
+        rule("stack", (3, 400, 400), [(3, "copy")], [(WIDTH, "out")], [(WIDTH, "in")]),
+        rule("gain", (400,), [(WIDTH, "copy")]),
+        size=400,
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"wide": (400, 25), "stack": (3, 400, 400), "gain": (400,)}
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()})
+    weights = maps.WeightMaps(model, table)
+    assert dict(weights.frobenius(weights.values())) == pytest.approx({"wide": 20, "stack": 20}, rel=0.02)
+    assert dict(weights.frobenius(weights.values(), rank=1)) == pytest.approx({"wide": 100, "stack": 400}, rel=0.02)
+    assert dict(weights.norms(weights.values()))["wide"] == pytest.approx(25, rel=0.05), "1 + √(25/400) as large"
 
 
 # assumptions
