@@ -144,6 +144,11 @@ class Axes:
         root.factors = made
         if segments:
             inner = product((size for size in sizes[1:]), self.widths)
+            if all(self.size(segment.dim) == inner for segment in segments):  # cat([a, b]).view(2, n): as many parts as the first factor
+                self.mark(made[:1], "parts")
+                for segment in segments:
+                    self.join(segment.dim, made[1:])
+                return made
             for segment in segments:
                 if divides(inner, segment.start) and divides(inner, segment.stop):
                     self.join(segment.dim, self.segment(made, segment.start, segment.stop))

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from scaling.errors import CaptureFailed
 from scaling.kept import Kept, kept
@@ -52,6 +52,9 @@ SAME_VALUE = {
 }
 """Operators that hand their first input on: no node, so that graphs of several widths agree."""
 
+PLACED = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
+"""Views of a part, and what a write into them makes of the whole: `out[:, :k] = a` is a value of `out`."""
+
 LOOPS = 512
 """Made-up answers at one line of the user's file after which others are given: a loop that ends where a float says so must end (and one
 over each of a few hundred detections not change its mind)."""
@@ -62,6 +65,13 @@ OUTSIDE = (
 )
 LEFT_TORCH = ("numpy() is not supported", "Cannot access data pointer")
 """What torch says of a tensor without data that is asked for it."""
+INSIDE = (
+    "the forward differentiates, and it is recorded without gradients: derive the module whose output it differentiates, with that module's"
+    " own inputs (its weights are the same ones, so the table is this model's too)"
+)
+WITHOUT_GRADIENTS = ("does not require grad", "requires_grad=True on inference tensor", "Inference tensors cannot be saved for backward")
+"""What torch says of a gradient asked for where none is kept."""
+CURES = ((OUTSIDE, LEFT_TORCH), (INSIDE, WITHOUT_GRADIENTS))
 
 PYTHON_VALUES = {"item": float, "_local_scalar_dense": float, "is_nonzero": bool, "equal": bool, "allclose": bool}
 """Operators that hand a Python number to the forward: made up from what a comparison is taken to say."""
@@ -72,6 +82,7 @@ REAL_LIMIT = 2**22
 REAL_MOST = 2**28
 """Elements beyond which a result on real tensors is not computed."""
 
+_PLAIN = (int, float, str, complex, type(None), torch.Size, torch.dtype, torch.device)
 _TORCH = f"{Path(str(torch.__file__)).parent}{os.sep}"  # and not torchvision
 _HERE = str(Path(__file__).parent)
 
@@ -95,6 +106,7 @@ class _State:
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: dict[int, fx.Node] = field(default_factory=dict)
     storages: dict[int, fx.Node] = field(default_factory=dict)
+    views: dict[int, tuple[Tensor, str, tuple, dict]] = field(default_factory=dict)
     keep: list[Tensor] = field(default_factory=list)
     made_up: int = 0
     modules: list[str] = field(default_factory=list)
@@ -181,7 +193,7 @@ def _failed(model: nn.Module, error: Exception, state: _State) -> Exception:
         type(model).__name__,
         f"{file}:{line}: {linecache.getline(file, line).strip()}",
         f"{type(error).__name__}: {error}",
-        **({"cure": OUTSIDE} if any(text in str(error) for text in LEFT_TORCH) else {}),
+        **next(({"cure": cure} for cure, texts in CURES if any(text in str(error) for text in texts)), {}),
     )
     failure.__cause__ = error
     failure.last = state.last  # pyright: ignore[reportAttributeAccessIssue] - what inputs.py learns the first consumers from
@@ -341,10 +353,11 @@ class _Recorder(TorchDispatchMode):
     # running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Tensor, self._ours, (args, dict(kwargs or {})))
+        args, kwargs = _over_tensors(self._ours, args), _over_tensors(self._ours, kwargs or {})
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
-        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        inputs: list[Tensor] = []
+        _over_tensors(inputs.append, (args, kwargs))
         if not any(isinstance(tensor, FakeTensor) or self._storage(tensor) in self.state.storages for tensor in inputs):
             return self._real(func, args, kwargs)
         nodes = tuple(self._node(tensor) for tensor in inputs)
@@ -354,13 +367,41 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         written = _written(func, args)
+        if written is not None:
+            self._wholes(written)
         shape = () if written is None else tuple(written.shape)
         output = self._execute(func, args, kwargs)
         if written is not None and tuple(written.shape) != shape:
             self._keep_shape(written, shape)
         if written is None and name in SAME_VALUE and isinstance(output, Tensor) and _is_float(output):
             return self._bind(output, nodes[0]) if output is not inputs[0] else output
-        return self._record(func, args, kwargs, output, written)
+        output = self._record(func, args, kwargs, output, written)
+        self._view(name, args, kwargs, output)
+        if written is not None and id(written) in self.state.nodes:
+            self._placed(written)
+        return output
+
+    def _view(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        """Notes of which value the output is a part."""
+        if name in PLACED and isinstance(output, Tensor) and _is_float(output):
+            self.state.views[id(output)] = args[0], name, args[1:], kwargs
+            self.state.keep += [args[0], output]
+
+    def _wholes(self, part: Tensor) -> None:
+        """Gives the values that a part belongs to their nodes before it is written: of a constant, as it was made."""
+        while id(part) in self.state.views:
+            part = self.state.views[id(part)][0]
+            self._node(part)
+
+    def _placed(self, part: Tensor) -> None:
+        """The values that a written part belongs to, with it in place."""
+        while id(part) in self.state.views:
+            whole, name, where, kwargs = self.state.views[id(part)]
+            node = self.state.graph.call_function(PLACED[name], (self._node(whole), self.state.nodes[id(part)], *where), kwargs)
+            self._bind(whole, self._described(node, whole))
+            if not isinstance(whole, FakeTensor):
+                self.state.storages[self._storage(whole)] = node
+            part = whole
 
     def _keep_shape(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
         """What was recorded of a tensor before `squeeze_` or `t_` gave it another shape."""
@@ -396,7 +437,11 @@ class _Recorder(TorchDispatchMode):
             if isinstance(output, Tensor) and _is_float(output):
                 return output
         made = self._too_large(func, args, kwargs)
-        return func(*args, **kwargs) if made is None else made
+        if made is not None:
+            return made
+        output = func(*args, **kwargs)
+        self._view(_name(func), args, kwargs, output)
+        return output
 
     def _too_large(self, func: Any, args: tuple, kwargs: dict) -> Tensor | None:
         """One made-up entry in the shape of a result that would not fit (a mask of all pairs of pixels)."""
@@ -429,7 +474,7 @@ class _Recorder(TorchDispatchMode):
             output = self._on_ones(func, args, kwargs) if known is None else known
         if not isinstance(output, (Tensor, tuple, list)):
             return output
-        return tree_map_only(Tensor, lambda tensor: self._value(func, args, kwargs, tensor), output)
+        return _over_tensors(lambda tensor: self._value(func, args, kwargs, tensor), output)
 
     def _asked(self) -> int:
         """How many made-up answers above LOOPS this line of the user's was given."""
@@ -485,15 +530,15 @@ class _Recorder(TorchDispatchMode):
             axis = args[2] if name == "topk" and len(args) > 2 else kwargs.get("dim", -1)
             n, k = source[axis] or 1, shape[axis]
             rows = torch.arange(tensor.numel() // max(k, 1)).reshape([*shape[:axis], *shape[axis:][1:]] if axis != -1 else shape[:-1])
-            return ((rows.unsqueeze(axis) * k + torch.arange(k).reshape([k] + [1] * (len(shape) - 1 - axis % len(shape)))) % n).to(dtype)
+            ranks = torch.arange(1, k + 1)  # from 1: forwards divide by an index (a period is the length over a frequency)
+            return ((rows.unsqueeze(axis) * k + ranks.reshape([k] + [1] * (len(shape) - 1 - axis % len(shape)))) % n).to(dtype)
         return torch.zeros(shape, dtype=dtype)
 
     def _record(self, func: Any, args: tuple, kwargs: dict, output: Any, written: Tensor | None) -> Any:
-        values = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        values = (output,) if isinstance(output, Tensor) else [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(_is_float(value) for value in values):
             return output
-        node_args, node_kwargs = tree_map_only(Tensor, self._node, (args, kwargs))
-        node = self.state.graph.call_function(func, tuple(node_args), dict(node_kwargs))
+        node = self.state.graph.call_function(func, _over_tensors(self._node, args), _over_tensors(self._node, kwargs))
         self._described(node, output)
         if written is not None:
             self.state.nodes[id(written)] = node
@@ -509,6 +554,17 @@ class _Recorder(TorchDispatchMode):
                 part = self.state.graph.call_function(operator.getitem, (node, index))
                 self._bind(value, self._described(part, value))
         return output
+
+
+def _over_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """What an operator takes or gives, with the function of every tensor; a pytree's map takes five times as long."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in {list, tuple}:
+        return type(value)([_over_tensors(function, item) for item in value])
+    if type(value) is dict:
+        return {key: _over_tensors(function, item) for key, item in value.items()}
+    return value if isinstance(value, _PLAIN) else tree_map_only(Tensor, function, value)
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -103,7 +103,7 @@ def upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None = Non
     data = [n for n in dict.fromkeys(call.tensors) if n is not None and n in graph.data]
     if node.op != "call_function":
         return None
-    own = [Carrier(next(iter(graph.made_of(weight))), call, selection) for weight in weights]
+    own = [Carrier(main, call, selection) for weight in weights for main in graph.mains(weight)]
     if weights and call.name not in {"aten.add", "aten.sub"}:
         return own
     if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):

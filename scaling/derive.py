@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
 import sympy
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from scaling.capture import Recording, record, unwrap
 from scaling.contractions import folded
@@ -27,7 +30,21 @@ from scaling.uses import joined_axes, uses_of
 
 __all__ = ["derive"]
 
+_NEW_OBJECTS = 100_000
+"""Between two looks for garbage: at Python's own 700, a sixth of a derivation goes into walking the graph again and again."""
 
+
+@contextmanager
+def _rarely_collected() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(max(_NEW_OBJECTS, before[0]) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rarely_collected()
 def derive(
     model: nn.Module | Callable[[int], nn.Module] | torch.export.ExportedProgram,
     args: Any = None,
@@ -120,12 +137,59 @@ def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int]
         if widths is not None:
             message = "widths= needs a function that builds the model: derive(lambda d: GPT(width=d), args, widths=(64, 128))"
             raise ScalingError(message)
-        return [unwrap(model)] if also is None else [unwrap(model), unwrap(also)]
+        return [_ready(model, "model")] if also is None else [_ready(model, "model"), _ready(also, "also=")]
+    if not callable(model):
+        raise ScalingError(_taken("model", model))
     if widths is None or len(set(widths)) < 2 or also is not None:
         message = "a function that builds the model needs at least two widths: derive(build, args, widths=(64, 96, 128))"
         raise ScalingError(message)
     with random_states_kept():
-        return [unwrap(model(width)) for width in widths]
+        return [_ready(model(width), f"the model that the function builds at width {width}") for width in widths]
+
+
+def _ready(model: Any, what: str) -> nn.Module:
+    """The user's module, which has all its weights."""
+    if not isinstance(model, nn.Module):
+        raise ScalingError(_taken(what, model))
+    model = unwrap(model)
+    if getattr(model.forward, "__name__", "") == _NO_FORWARD:
+        raise ScalingError(_without_forward(model))
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        message = (
+            f"{', '.join(map(repr, lazy))} of {type(model).__name__} {'is' if len(lazy) == 1 else 'are'} not initialised yet:"
+            " a lazy layer has no shape before its first input\n  run one forward first: model(*args), then derive(model, args)"
+        )
+        raise ScalingError(message)
+    return model
+
+
+_NO_FORWARD = nn.Module.forward.__name__
+"""What `forward` is called in a module that has none of its own."""
+
+
+def _without_forward(model: nn.Module) -> str:
+    own = [
+        name
+        for kind in type(model).__mro__
+        if not kind.__module__.startswith("torch.")
+        for name, value in vars(kind).items()
+        if callable(value) and not isinstance(value, type) and not name.startswith("_")
+    ]
+    has = f"; its methods are {', '.join(dict.fromkeys(own))}" if own else ""
+    entry = own[-1] if own else "the_method"
+    return (
+        f"{type(model).__name__} has no forward, and what is recorded is a call of the model{has}\n"
+        f"  say which one training goes through, as one that reaches every weight: model.forward = model.{entry}, then derive(model, args)"
+    )
+
+
+def _taken(what: str, value: Any) -> str:
+    return (
+        f"{what} is {f'the {type(value).__name__} {value!r}'[:80]}, but derive takes an nn.Module, a function of the width that builds one"
+        " (with widths=), or an ExportedProgram\n"
+        "  build the model first: derive(model), or derive(lambda d: GPT(width=d), args, widths=(64, 128))"
+    )
 
 
 def _graph(
@@ -135,14 +199,15 @@ def _graph(
         labels = [f"d={width}" for width in widths] if widths is not None else ["the model", "the other width"]
         return align([_recorded(m, args, kwargs, w) for m, w in zip(models, widths or (None, None), strict=True)], labels), ()
     own = _recorded(models[0], args, kwargs, None)
-    twin = at_twice_the_width(models[0])
-    if twin is not None:
-        try:
-            return align([own, _recorded(twin, args, kwargs, None)], ["the model", "its config at twice the width"]), ()
-        except (CannotMakeInputs, CaptureFailed, GraphsDiffer) as error:
-            note = f"the model's config at twice the width did not tell what grows, so it is guessed: {error}"
-            return align([own], ["the model"]), (note,)
-    return align([own], ["the model"]), ()
+    note: tuple[str, ...] = ()
+    for alike in (False, True):
+        twin = at_twice_the_width(models[0], alike=alike)
+        if twin is not None:
+            try:
+                return align([own, _recorded(twin, args, kwargs, None)], ["the model", "its config at twice the width"]), ()
+            except (CannotMakeInputs, CaptureFailed, GraphsDiffer) as error:
+                note = note or (f"the model's config at twice the width did not tell what grows, so it is guessed: {error}",)
+    return align([own], ["the model"]), note
 
 
 def _recorded(model: nn.Module, args: Any, kwargs: dict[str, Any] | Callable[[int], dict[str, Any]] | None, width: int | None) -> Recording:

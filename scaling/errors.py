@@ -32,13 +32,24 @@ class ScalingError(Exception):
 class CannotMakeInputs(ScalingError):
     """The model's first consumers do not tell what its inputs must be."""
 
-    def __init__(self, model: str, signature: str, tried: Iterable[str], last: str) -> None:
-        self.model, self.signature, self.tried, self.last = model, signature, tuple(tried), last
+    def __init__(self, model: str, signature: str, tried: Iterable[str], last: str, where: str = "", names: Iterable[str] = ()) -> None:
+        self.model, self.signature, self.tried, self.last, self.where = model, signature, tuple(tried), last, where
         tries = "\n  tried: ".join(("", *self.tried))
-        super().__init__(
-            f"no inputs could be made up for {model}.forward{signature}{tries}\n  the last attempt ended in: {last}\n"
-            "  pass them as to torch.export: derive(model, (x, y), {'name': z})"
-        )
+        asked = ", ".join(names)
+        call = f"derive(model, ({asked}{'' if ', ' in asked else ','}))" if asked else "derive(model, (x, y), {'name': z})"
+        lines = [
+            f"no inputs could be made up for {model}.forward{signature}{tries}",
+            f"the last attempt ended in: {last}",
+            *([f"at {where}"] if where else []),
+            *(["what is asked for there is an object or a container of yours, not a tensor"] if _is_no_tensor(last) else []),
+            f"pass them as to torch.export: {call}",
+        ]
+        super().__init__("\n  ".join(lines))
+
+
+def _is_no_tensor(said: str) -> bool:
+    """Whether an attempt ended in a tensor that was asked for an attribute or a key of something else."""
+    return "Tensor' object has no attribute" in said or "only integers, slices" in said
 
 
 class CaptureFailed(ScalingError):
@@ -141,14 +152,17 @@ class UnknownName(ScalingError, ValueError):
 
 
 class WrongWidth(ScalingError):
-    """A model whose shapes are the table's shapes at no width."""
+    """A model whose shapes are the table's shapes at no width; `shape` is None for a weight that the model lacks."""
 
-    def __init__(self, weight: str, shape: tuple[int, ...], expected: str) -> None:
-        self.weight, self.shape, self.expected = weight, shape, expected
-        super().__init__(
-            f"weight '{weight}' has shape {shape}, the table says {expected}\n"
-            "  derive the table from this model, or build the model it was derived from"
+    def __init__(self, weight: str, shape: tuple[int, ...] | None, expected: str, there: Iterable[str] = ()) -> None:
+        self.weight, self.shape, self.expected, self.there = weight, shape, expected, tuple(there)
+        some = ", ".join(self.there[:6]) + (", …" if len(self.there) > 6 else "")
+        what = (
+            f"weight '{weight}' has shape {shape}, the table says {expected}"
+            if shape is not None
+            else f"the model has no weight '{weight}', which the table has a rule for: the table is of another model (this one has {some})"
         )
+        super().__init__(f"{what}\n  derive the table from this model, or build the model it was derived from")
 
 
 class CannotMeasure(ScalingError, ValueError):

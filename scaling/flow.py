@@ -420,15 +420,18 @@ def _sizes(block: Block, law: Law, family: str) -> _BlockSizes:
     )
 
 
+ADDED = {"aten.addmm", "aten.baddbmm"}
+"""Operators whose first argument is added to a product."""
+
+
 def _start(uses: list[WeightUse]) -> str:
     """How a weight begins: a bias at zero, a gain at one, anything else at random."""
     kinds = set()
     for use in uses:
-        slot = use.call.tensors.index(use.operand)
         norm = use.call.name.endswith("_norm")
         if use.call.name in {"aten.mul", "aten.prelu", "aten.multiply"} or (norm and use.call.get("weight") is use.operand):
             kinds.add("one")
-        elif use.call.get("bias") is use.operand or (use.call.name in {"aten.addmm", "aten.baddbmm"} and slot == 0):
+        elif use.call.get("bias") is use.operand or (use.call.name in ADDED and use.call.tensors[0] is use.operand):
             kinds.add("zero")
         else:
             kinds.add("random")

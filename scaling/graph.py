@@ -109,9 +109,14 @@ def name_of(target: Any) -> str:
 
 COMBINE = {
     *(f"aten.{name}" for name in ("add", "sub", "mul", "div", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "einsum")),
+    *(f"aten.{name}" for name in ("subtract", "multiply", "divide", "maximum", "minimum", "where", "lerp")),
     *(f"aten.{name}" for name in ("_weight_norm", "linalg_solve", "linalg_solve_triangular", "linalg_householder_product")),
+    *(f"aten.{name}" for name in ("expand_as", "view_as", "reshape_as", "type_as")),  # F.normalize: the norm in the shape of the weight
 }
-"""Operators that make one weight out of several: weight and spectral norm, merged adapters."""
+"""Operators that make one weight out of several: weight and spectral norm, rows of length 1, merged adapters."""
+
+GATHERED = {*(f"aten.{name}" for name in ("stack", "cat", "concat", "concatenate"))}
+"""Operators that put weights beside each other: a bank of them, rows or columns of one matrix. Each keeps its own entries."""
 
 LOOKUPS = {"aten.embedding", "aten.embedding_bag", "aten.index_select"}
 CONTRACT = {*(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "einsum", "conv1d", "conv2d", "conv3d"))}
@@ -149,9 +154,18 @@ class LayerGraph:
                 out.setdefault(weight, (*path, node))
         return out
 
+    def mains(self, node: fx.Node) -> tuple[Call, ...]:
+        """The weights whose entries a weight-only node has: all that are put beside each other, W alone of W + B·A."""
+        if operator_name(node) in GATHERED:
+            beside = (n for n in node.all_input_nodes if n in self.weight_only)
+            return tuple(dict.fromkeys(weight for n in beside for weight in self.mains(n)))
+        main = next(iter(self.made_of(node)))
+        source = next((n for n in node.all_input_nodes if n in self.weight_only and main in self.made_of(n)), None)
+        return (main,) if source is None else self.mains(source)
+
     @cached_property
     def weight_only(self) -> frozenset[fx.Node]:
-        """Weights, and what is made of weights before data is met: a view, a cast, -exp(A_log), g·v/‖v‖, W + B·A."""
+        """Weights, and what is made of weights before data is met: a view, a cast, -exp(A_log), g·v/‖v‖, W + B·A, a stack."""
         return frozenset(node for node, kind in self._kinds.items() if kind == "weight")
 
     @cached_property
@@ -178,7 +192,7 @@ class LayerGraph:
                 weights = inputs.count("weight")
                 if (
                     "data" in inputs
-                    or (weights > 1 and call.name not in COMBINE and not _becomes_a_kernel(node))
+                    or (weights > 1 and call.name not in COMBINE | GATHERED and not _becomes_a_kernel(node))
                     or (call.name in LOOKUPS and weights)
                     or (call.name in CONTRACT and weights and kinds[node.all_input_nodes[0]] == "constant" and not _becomes_a_kernel(node))
                 ):

@@ -1,7 +1,7 @@
 """Which dimensions grow with the width d, and how: every class of axes as an exact expression in d.
 
 From several widths this is a fact, read off the sizes. From one model it is a question of intent, answered by anchors and said to be a
-guess: what an input, a lookup or a kernel fixes stays; the class that most matrices use grows, and so does all that is not far smaller.
+guess: what an input, a lookup or a kernel fixes stays; the class that most matrices use grows, and so does all that is not far from it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import sympy
@@ -23,8 +23,8 @@ from scaling.records import AxisClass
 __all__ = ["Growth", "Override", "growth_of"]
 
 Override = Mapping[str, "int | Sequence[int]"]
-FAR_SMALLER = 16
-"""A class this many times smaller than every growing axis it shares a matrix with is taken as fixed (ranks, state sizes)."""
+FAR = 16
+"""A class this many times smaller or larger than the growing axes it shares a matrix with is taken as fixed (ranks, states, codes)."""
 
 ANCHORS = {
     "looked_up": "looked up by an index",
@@ -33,18 +33,23 @@ ANCHORS = {
     "indexed": "taken apart by index",
     "bank": "a number of separate maps",
     "repeated": "a number of repeats",
+    "parts": "a number of parts put together",
     "classes": "classes of a loss",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """`of(dim)` is the length of an axis in d; `sizes` is d at every width."""
+    """`of(dim)` is the length of an axis in d; `sizes` is d at every width.
+
+    `products` are axes with a length of their own, whatever their factors do: 8 groups of a stream that is 4 heads × 16 stay 8.
+    """
 
     axes: Axes
     sizes: Size
     leaves: dict[Atom, sympy.Expr]
     classes: tuple[AxisClass, ...]
+    products: dict[Dim, sympy.Expr] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -53,7 +58,8 @@ class Growth:
 
     def of(self, dim: Dim) -> sympy.Expr:
         """The length of an axis, exact in d."""
-        return sympy.Mul(*(self._atom(atom) for atom in self.axes.resolve(dim)))
+        resolved = self.axes.resolve(dim)
+        return self.products[resolved] if resolved in self.products else sympy.Mul(*map(self._atom, resolved))
 
     def _atom(self, atom: Atom) -> sympy.Expr:
         if atom.segments:
@@ -91,7 +97,7 @@ def growth_of(
     if heads not in {"grow", "fixed"}:
         raise UnknownName("heads", heads, ("grow", "fixed"))
     weights = {call.names[0]: (call.names, axes.dims[call.node]) for call in graph.weights}
-    forced = _overrides(axes, weights, fixed, "fixed") | _overrides(axes, weights, grows, "grows")
+    forced, wholes = _settled([*_overrides(axes, weights, fixed, "fixed"), *_overrides(axes, weights, grows, "grows")])
     hub = _hub(axes, weights, forced)
     if axes.widths > 1:
         measured = tuple(widths) if widths is not None else axes.size(hub)
@@ -107,11 +113,49 @@ def growth_of(
             expression = _proportional(atom.size[0], size) if choice[0] == "grows" else sympy.Integer(atom.size[0])
             reason = choice[1]
         leaves[atom], reasons[atom] = expression, (reason, axes.widths > 1 or choice is not None)
-    return Growth(axes=axes, sizes=measured, leaves=leaves, classes=_classes(axes, weights, leaves, reasons))
+    products = {
+        dim: _proportional(axes.size(dim)[0], size) if option == "grows" else sympy.Integer(axes.size(dim)[0])
+        for dim, (option, _) in wholes.items()
+    }
+    return Growth(
+        axes=axes,
+        sizes=measured,
+        leaves=leaves,
+        classes=_classes(axes, weights, leaves, reasons) + _whole_classes(axes, weights, products, wholes),
+        products=products,
+    )
 
 
-def _overrides(axes: Axes, weights: dict, override: Override | None, option: str) -> dict[Atom, tuple[str, str]]:
-    out: dict[Atom, tuple[str, str]] = {}
+@dataclass(frozen=True)
+class _Override:
+    """What is said of one axis: `atoms` are the classes that carry it out."""
+
+    option: str
+    reason: str
+    dim: Dim
+    atoms: tuple[Atom, ...]
+
+
+Choices = dict[Atom, tuple[str, str]]
+
+
+def _settled(said: list[_Override]) -> tuple[Choices, dict[Dim, tuple[str, str]]]:
+    """The classes that overrides decide, and axes decided as a whole, where a factor grows by one override and is fixed by another."""
+    options: dict[Atom, set[str]] = {}
+    for one in said:
+        for atom in one.atoms:
+            options.setdefault(atom, set()).add(one.option)
+    forced: Choices = {}
+    wholes: dict[Dim, tuple[str, str]] = {}
+    for one in said:
+        forced |= {atom: (one.option, one.reason) for atom in one.atoms if len(options[atom]) == 1}
+        if one.dim and (not one.atoms or any(len(options[atom]) > 1 for atom in one.atoms)):
+            wholes[one.dim] = one.option, one.reason
+    return forced, wholes
+
+
+def _overrides(axes: Axes, weights: dict, override: Override | None, option: str) -> list[_Override]:
+    out: list[_Override] = []
     for pattern, which in (override or {}).items():
         matched = [dims for names, dims in weights.values() if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
         if not matched:
@@ -124,11 +168,11 @@ def _overrides(axes: Axes, weights: dict, override: Override | None, option: str
             for dim in found:
                 leaves = list(axes.leaves(dim))
                 chosen = leaves if option == "fixed" else [atom for atom in leaves if "dot" not in atom.facts][:1] or leaves[:1]
-                out |= dict.fromkeys(chosen, (option, f"{option}={{{pattern!r}: {axis}}}"))
+                out.append(_Override(option, f"{option}={{{pattern!r}: {axis}}}", axes.resolve(dim), tuple(chosen)))
     return out
 
 
-def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
+def _hub(axes: Axes, weights: dict, forced: Choices) -> Dim:
     """The axis that most matrices use: of equals the smallest, so that other axes are whole multiples of d."""
     count: Counter[tuple[Atom, ...]] = Counter()
     anchored: set[tuple[Atom, ...]] = set()
@@ -154,7 +198,7 @@ def _hub(axes: Axes, weights: dict, forced: dict[Atom, tuple[str, str]]) -> Dim:
         return axes.resolve(largest)
     most = [dim for dim, n in candidates.items() if n == max(candidates.values())]
     largest = max(axes.size(dim) for dim in most)
-    return min((dim for dim in most if axes.size(dim)[0] * FAR_SMALLER > largest[0]), key=axes.size)
+    return min((dim for dim in most if axes.size(dim)[0] * FAR > largest[0]), key=axes.size)
 
 
 def _ends(axes: Axes, dim: Dim) -> bool:
@@ -186,15 +230,20 @@ def _proportional(size: int, width: int) -> sympy.Expr:
     return sympy.Rational(size, width) * WIDTH
 
 
-def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, tuple[str, str]]) -> dict[Atom, tuple[sympy.Expr, str]]:
+def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: Choices) -> dict[Atom, tuple[sympy.Expr, str]]:
     size, *_ = axes.size(hub)
     decided: dict[Atom, tuple[bool, str]] = {}
     for atom, (option, reason) in forced.items():
         decided[atom] = option == "grows", reason
     hub_leaves = set(axes.leaves(hub))
+    for dim in (dim for _, dims in weights.values() for dim in dims if axes.size(dim)[0] == size):
+        decided |= {atom: (True, "features of no weight, as many as what grows") for atom in _features(axes, dim) if atom not in decided}
     axes_of_weights = [piece for _, dims in weights.values() for dim in dims for piece in _pieces(axes, dim)]
     singles = [dim for dim in axes_of_weights if len(dim) == 1]
-    products = sorted((dim for dim in axes_of_weights if len(dim) > 1), key=lambda dim: not _has(axes, dim, "dot"))
+    products = sorted(
+        (dim for dim in axes_of_weights if len(dim) > 1),
+        key=lambda dim: (hub_leaves.isdisjoint(axes.leaves(dim)), not _has(axes, dim, "dot")),
+    )
     if len(hub) == 1:
         decided |= {atom: (True, "the axis that most matrices use") for atom in hub_leaves if atom not in decided}
     for dim in products:
@@ -211,6 +260,14 @@ def _guess(axes: Axes, weights: dict, hub: Dim, heads: str, forced: dict[Atom, t
     }
 
 
+def _features(axes: Axes, dim: Dim) -> list[Atom]:
+    """Of an axis of features that no weight makes (sines of a position), what grows where the axis does: its frequencies."""
+    pieces = _pieces(axes, dim)
+    if any("constant" not in atom.facts or "emitted" in atom.facts or _anchored([atom]) for piece in pieces for atom in piece):
+        return []
+    return [piece[0] for piece in pieces]
+
+
 def _heads_apart(axes: Axes, weights: dict, decided: dict[Atom, tuple[bool, str]], heads: str) -> None:
     """Of a weight (d, heads, head_dim), where the heads are no factor of a product, one of the two grows.
 
@@ -219,7 +276,7 @@ def _heads_apart(axes: Axes, weights: dict, decided: dict[Atom, tuple[bool, str]
     free = [
         {atom for dim in dims for atom in axes.leaves(dim) if atom not in decided and not _anchored([atom])}
         for _, dims in weights.values()
-        if len(dims) > 2
+        if len([dim for dim in dims if axes.resolve(dim) and not _has(axes, dim, "kernel")]) > 2
     ]
     free = [pair for pair in free if len(pair) == 2]
     dotted = {atom for pair in free for atom in pair if "dot" in atom.facts}
@@ -273,17 +330,26 @@ def _leaves_only(atom: Atom) -> bool:
     return "output" in atom.facts and "summed" not in atom.facts
 
 
+def _never_read(atom: Atom) -> bool:
+    """Whether no weight and no product of activations sums over what a weight makes: routing logits, the parameters of a curve."""
+    return "emitted" in atom.facts and atom.facts.isdisjoint({"summed", "dot"})
+
+
 def _single(atom: Atom, hub: int) -> tuple[bool, str]:
     for fact, reason in ANCHORS.items():
         if fact in atom.facts:
             return False, reason
     if _leaves_only(atom):
         return (True, "it leaves the model, as long as what grows") if atom.size[0] == hub else (False, LEAVES_ONLY)
+    if _never_read(atom) and atom.size[0] < hub:
+        return False, "read by nothing, and less than what grows"
     if "constant" in atom.facts and "emitted" not in atom.facts:
         return False, "of features that no weight makes"
-    if atom.size[0] * FAR_SMALLER <= hub:
-        return False, f"at least {FAR_SMALLER} times smaller than what grows"
-    return True, "not far smaller than what grows"
+    if atom.size[0] * FAR <= hub:
+        return False, f"at least {FAR} times smaller than what grows"
+    if atom.size[0] >= hub * FAR:
+        return False, f"at least {FAR} times larger than what grows"
+    return True, "not far from what grows"
 
 
 def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], hub: set[Atom], size: int, heads: str) -> None:
@@ -291,7 +357,7 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
     factors = [list(axes.leaves((atom,))) for atom in dim]
     is_hub = any(atom in hub for leaves in factors for atom in leaves)
     total, *_ = axes.size(dim)
-    growing = is_hub or total * FAR_SMALLER > size
+    growing = is_hub or total * FAR > size
     if any(decided[atom][0] for leaves in factors for atom in leaves if atom in decided):
         growing = False
     if not is_hub and all(_leaves_only(atom) for leaves in factors for atom in leaves):
@@ -305,6 +371,7 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
             _has_fact(leaves, "groups"),
             _has_fact(leaves, "bank"),
             _has_fact(leaves, "repeated") and leaves is not factors[0],  # the heads that share one key, or one B and C of a state space
+            _has_fact(leaves, "parts"),
         ),
     )
     chosen = wanted[0] if growing and wanted else []
@@ -324,7 +391,7 @@ def _choose_factor(axes: Axes, dim: Dim, decided: dict[Atom, tuple[bool, str]], 
 
 
 def _anchored(leaves: list[Atom]) -> bool:
-    return any(fact in atom.facts for fact in ANCHORS if fact not in {"repeated", "bank"} for atom in leaves)
+    return any(fact in atom.facts for fact in ANCHORS if fact not in {"repeated", "bank", "parts"} for atom in leaves)
 
 
 def _has_fact(leaves: list[Atom], fact: str) -> bool:
@@ -349,3 +416,12 @@ def _classes(axes: Axes, weights: dict, leaves: dict[Atom, sympy.Expr], reasons:
         for atom, places in where.items()
     ]
     return tuple(sorted(out, key=lambda c: (not c.grows, -len(c.where))))
+
+
+def _whole_classes(axes: Axes, weights: dict, products: dict[Dim, sympy.Expr], wholes: dict[Dim, tuple[str, str]]) -> tuple[AxisClass, ...]:
+    out = []
+    for whole, expression in products.items():
+        where = tuple((name, axis) for name, (_, dims) in weights.items() for axis, dim in enumerate(dims) if axes.resolve(dim) == whole)
+        size, *_ = axes.size(whole)
+        out.append(AxisClass(size=size, dims=expression, where=where, grows=expression.has(WIDTH), reason=wholes[whole][1], known=True))
+    return tuple(out)

@@ -37,13 +37,18 @@ HEAD_FIELDS = re.compile(
     r"|(en|de)coder_num_(attention|key_value)_heads|multi_query_group_num"
 )
 
+SIZE_FIELDS = re.compile(r"(?!.*(head|kernel|patch|image|vocab|window|stride|position))\w+_(dim|size|channels|features|width)")
 
-def at_twice_the_width(model: nn.Module) -> nn.Module | None:
-    """The model's class built from its scaled config, on the meta device; None if it has no config or cannot be built."""
+
+def at_twice_the_width(model: nn.Module, *, alike: bool = False) -> nn.Module | None:
+    """The model's class built from its scaled config, on the meta device; None if it has no config or cannot be built.
+
+    With `alike`, sizes of any other name that are as long as a width are doubled with it (a descriptor's, which is the stream's).
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict") or not hasattr(model, "main_input_name"):
         return None
-    scaled = _scaled(config)
+    scaled = _scaled(config, _widths(config) if alike else frozenset())
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             twin = type(model)(scaled)
@@ -69,23 +74,33 @@ def _take_numbers(twin: nn.Module, model: nn.Module) -> None:
                 module._buffers[short] = own.detach().clone()
 
 
-def _scaled(config: Any) -> Any:
+def _scaled(config: Any, alike: frozenset[int]) -> Any:
     out = copy.deepcopy(config)
-    doubled = {name: twice for name, value in vars(config).items() if (twice := _doubled(name, value)) is not value}
+    doubled = {name: twice for name, value in vars(config).items() if (twice := _doubled(name, value, alike)) is not value}
     for name, value in (_derived(config, doubled) | doubled).items():
         setattr(out, name, value)
     return out
 
 
-def _doubled(name: str, value: Any) -> Any:
+def _doubled(name: str, value: Any, alike: frozenset[int]) -> Any:
     """The field's value at twice the width: the same object if it is no width."""
     if hasattr(value, "to_dict"):
-        return _scaled(value)
-    if not (WIDTH_FIELDS.fullmatch(name) or HEAD_FIELDS.fullmatch(name)):
+        return _scaled(value, alike)
+    if not (
+        WIDTH_FIELDS.fullmatch(name)
+        or HEAD_FIELDS.fullmatch(name)
+        or (isinstance(value, int) and value in alike and SIZE_FIELDS.fullmatch(name))
+    ):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return 2 * value if value > 1 else value  # one key for all heads stays one
     return type(value)(2 * v for v in value) if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value) else value
+
+
+def _widths(config: Any) -> frozenset[int]:
+    """The lengths of the fields that are widths by their names."""
+    named = ((name, value) for each in _configs(config) for name, value in vars(each).items())
+    return frozenset(value for name, value in named if isinstance(value, int) and value > 1 and WIDTH_FIELDS.fullmatch(name))
 
 
 def _derived(config: Any, doubled: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +156,13 @@ def _fullest_first(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[
     main = main if main in present else next(iter(present), main)
     cross = sizes.cross_attention and "encoder_hidden_states" in names and not decoder
     encoded = {"encoder_hidden_states": torch.zeros(BATCH, LENGTH + 1, sizes.hidden)} if cross else {}
-    for value in MODALITIES[main](sizes) if main in MODALITIES else ():
-        for others in (*_beside(main, names, sizes), {}):
-            for extra in (others | encoded, others) if encoded else (others,):
-                for tokens in (decoder, {}):
-                    yield {main: value, **extra, **tokens}
+    sounds = [name for name in ("input_values", "input_features") if main == "inputs" and name in present]  # of whichever encoder it is
+    for name in (main, *sounds):
+        for value in MODALITIES[name](sizes) if name in MODALITIES else ():
+            for others in (*_beside(name, names, sizes), {}):
+                for extra in (others | encoded, others) if encoded else (others,):
+                    for tokens in (decoder, {}):
+                        yield {name: value, **extra, **tokens}
 
 
 def _beside(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:

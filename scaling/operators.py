@@ -512,12 +512,15 @@ def squeeze(call: Call, axes: Axes) -> None:
 
 
 def expand(call: Call, axes: Axes) -> None:
-    """Axes of length 1, and new leading ones, become copies."""
+    """Axes of length 1, and new leading ones, become copies: their number is that of the tensor which gives the shape, if one does."""
     dims = _input(call, axes)
     lead = len(call.shape) - len(dims)
-    out = [axes.fresh(size, "repeated") for size in call.shape[:lead]]
-    out += [dim if axes.size(dim) == size else axes.fresh(size, "repeated") for dim, size in zip(dims, call.shape[lead:], strict=True)]
-    axes.dims[call.node] = tuple(out)
+    given = axes.dims.get(call.tensors[1]) if call.name == "aten.expand_as" and call.tensors[1] is not None else None
+    new = given or tuple(axes.fresh(size, "repeated") for size in call.shape)
+    own = (None,) * lead + dims
+    axes.dims[call.node] = tuple(
+        other if dim is None or axes.size(dim) != size else dim for dim, other, size in zip(own, new, call.shape, strict=True)
+    )
 
 
 def repeat(call: Call, axes: Axes) -> None:
@@ -591,7 +594,13 @@ def take_slice(call: Call, axes: Axes) -> None:
     """x[start:end:step] of one axis: a segment of it."""
     dims = list(_input(call, axes))
     which = (call.get("dim") or 0) % len(dims)
-    size = axes.size(dims[which])
+    dims[which] = _part(call, axes, dims[which], call.shape[which])
+    axes.dims[call.node] = tuple(dims)
+
+
+def _part(call: Call, axes: Axes, dim: Dim, length: Size) -> Dim:
+    """What [start:end:step] takes of an axis."""
+    size = axes.size(dim)
     if call.name == "aten.narrow":
         start = tuple(call.over_widths("start"))
         stop = tuple(a + b for a, b in zip(start, call.over_widths("length"), strict=True))
@@ -599,10 +608,23 @@ def take_slice(call: Call, axes: Axes) -> None:
         start = tuple(_clamp(s or 0, n) for s, n in zip(call.over_widths("start"), size, strict=True))
         stop = tuple(_clamp(n if e is None else e, n) for e, n in zip(call.over_widths("end"), size, strict=True))
     if any(step != 1 for step in call.arguments.get("step", (1,))):
-        dims[which] = _strided(axes, dims[which], call.over_widths("step"), call.shape[which])
-    else:
-        dims[which] = axes.segment(dims[which], start, stop)
-    axes.dims[call.node] = tuple(dims)
+        return _strided(axes, dim, call.over_widths("step"), length)
+    return axes.segment(dim, start, stop)
+
+
+def place(call: Call, axes: Axes) -> None:
+    """slice_scatter, select_scatter: a value with another one written into a part of one axis; its other axes are the same."""
+    dims, part = _input(call, axes), list(_input(call, axes, 1))
+    axes.dims[call.node] = dims
+    which = (call.get("dim") or 0) % len(dims)
+    if call.name == "aten.select_scatter":
+        axes.mark(dims[which], "indexed")
+        part.insert(which, ())
+    elif part and len(part) == len(dims):
+        axes.join(_part(call, axes, dims[which], axes.size(part[which])), part[which])
+    for i, (a, b) in enumerate(zip(dims, part, strict=False)):
+        if i != which and b and axes.size(a) == axes.size(b):
+            axes.join(a, b)
 
 
 def _strided(axes: Axes, dim: Dim, step: Size, length: Size) -> Dim:
@@ -779,7 +801,7 @@ def index_select(call: Call, axes: Axes) -> None:
 
 
 def write(call: Call, axes: Axes) -> None:
-    """copy_, index_put_, masked_fill_ with a tensor, slice_scatter: the first input's axes; a source of the same shape is joined."""
+    """copy_, index_put_, masked_fill_ with a tensor: the first input's axes; a source of the same shape is joined."""
     dims = _input(call, axes)
     if len(dims) != len(call.shape):
         return fresh(call, axes)
@@ -947,7 +969,8 @@ _ROWS: list[dict[str, Operator]] = [
     _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
     _signed(
         elementwise,
-        "complex polar real imag softmax _softmax log_softmax dropout where masked_fill hardtanh relu6 softplus gelu silu mish hardswish "
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout complex polar real imag softmax _softmax log_softmax where "
+        "masked_fill hardtanh relu6 softplus gelu silu mish hardswish "
         "_log_softmax log_sigmoid_forward native_dropout linalg_cross renorm normal uniform exponential geometric cauchy log_normal random",
     ),
     # values that only move
@@ -981,7 +1004,8 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(
         fresh, "as_strided zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full bernoulli"
     ),
-    _moves(write, "copy index_put slice_scatter select_scatter masked_scatter"),
+    _moves(write, "copy index_put masked_scatter"),
+    _moves(place, "slice_scatter select_scatter"),
     _moves(scattered, "scatter scatter_add scatter_reduce index_add index_copy index_reduce", linear=False),
     _moves(reduce, "sum mean", linear=True),
     _moves(

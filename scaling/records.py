@@ -400,11 +400,20 @@ def _formats() -> ModuleType:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a table was derived from: `scaling.graph.LayerGraph`, `scaling.growth.Growth` (with its axes) and the uses."""
+    """What a table was derived from: `scaling.graph.LayerGraph`, `scaling.growth.Growth` (with its axes) and the uses.
+
+    Copies of a table share it; a pickled table, like one in JSON, is without it.
+    """
 
     graph: LayerGraph
     growth: Growth
     uses: tuple[WeightUse, ...]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Trace:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class ScalingTable(Record):
@@ -570,7 +579,7 @@ class ScalingTable(Record):
             if rule.name not in shapes and rule.name in optional:
                 continue
             if rule.name not in shapes:
-                raise WrongWidth(rule.name, (), f"{rule.dims}")
+                raise WrongWidth(rule.name, None, f"{rule.dims}", shapes)
             shape = shapes[rule.name]
             if len(shape) != len(rule.dims):
                 raise WrongWidth(rule.name, shape, f"{rule.dims}")

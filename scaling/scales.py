@@ -90,14 +90,11 @@ class _Sizes:
 
     def _on_the_weight(self, use: WeightUse) -> None:
         """Numbers that multiply the weight itself, before it meets data."""
-        node = use.operand
-        while not self.graph.calls[node].names:
-            call = self.graph.calls[node]
+        for call in map(self.graph.calls.__getitem__, self.graph.made_of(use.operand)[use.weight][1:]):
             law = self._law(as_number(self.graph, call), call, [use.weight])
             if law != 1:
                 why = f"makes up for the factor {law} at {call.source}"
                 self.scales.folds.append(Fold(Carrier(use.weight, use.call, None), 1 / law, why=why))
-            node = next((n for n in node.all_input_nodes if n in self.graph.weight_only), use.weight.node)
 
     def _made_up_for(self, call: Call, number: sympy.Expr) -> bool:
         """Whether maps that feed nothing else come before: they make up for the number."""

@@ -98,9 +98,20 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
                 uses += [_use(graph, axes, call, path) for path in graph.made_of(weight).values()]
                 _mark(graph, axes, call, weight, bound)
             dots += _dots(graph, axes, call, bound)
+    uses += _returned(graph, {use.weight for use in uses})
     for dot in dots:
         axes.mark(dot.dim, "dot")
     return _with_a_gradient(graph, uses), [dot for dot in dots if dot.call.node in graph.live]
+
+
+def _returned(graph: LayerGraph, used: set[Call]) -> Iterator[WeightUse]:
+    """Single numbers that the model hands back for the loss to use (CLIP's temperature): whatever it does with one, no axis can grow."""
+    for node in graph.outputs:
+        for weight, path in graph.made_of(node).items() if node in graph.weight_only else ():
+            if weight not in used and all(size == (1,) * len(graph.recordings) for size in weight.shape):
+                ranges = tuple((tuple(0 for _ in size), size) for size in weight.shape)
+                spans = tuple((Span(size, "add"),) for size in weight.shape)
+                yield WeightUse(weight=weight, call=graph.calls[node], operand=path[max(len(path) - 2, 0)], ranges=ranges, spans=spans)
 
 
 def _with_a_gradient(graph: LayerGraph, uses: list[WeightUse]) -> list[WeightUse]:

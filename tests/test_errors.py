@@ -21,6 +21,15 @@ from scaling.errors import (
 )
 
 
+class OfAnObject(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, batch):
+        return self.lin(batch.x)
+
+
 def test_inputs_that_cannot_be_made_up():
     class Odd(nn.Module):
         def __init__(self):
@@ -30,8 +39,11 @@ def test_inputs_that_cannot_be_made_up():
         def forward(self, batch):
             return self.lin(batch["x"])
 
-    with pytest.raises(CannotMakeInputs, match=r"no inputs could be made up for Odd.forward\(batch\)(.|\n)*pass them as to torch.export"):
+    said = r"no inputs could be made up for Odd.forward\(batch\)(.|\n)*tried: batch=float32(.|\n)*pass them as to torch.export: "
+    with pytest.raises(CannotMakeInputs, match=said + r"derive\(model, \(batch,\)\)"):
         derive(Odd())
+    with pytest.raises(CannotMakeInputs, match=r"test_errors.py:\d+: return self.lin\(batch.x\)\n *what is asked for there is an object"):
+        derive(OfAnObject())
     assert derive(Odd(), ({"x": torch.zeros(2, 4)},)).coverage.unreached == ()
 
 
@@ -40,6 +52,44 @@ def test_a_forward_that_raises_is_shown_with_its_line():
         CaptureFailed, match=r"MLP could not be recorded: RuntimeError(.|\n)*models.py:\d+: x = torch.tanh\(self.first\(x\)\)"
     ):
         derive(MLP(64), (torch.zeros(2, 3),))
+
+
+class Forces(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_forward_that_differentiates_is_told_to_derive_what_it_differentiates():
+    model = Forces(32)
+    with pytest.raises(
+        CaptureFailed, match=r"test_errors.py:\d+: return torch.autograd.grad\((.|\n)*derive the module whose output it differentiates"
+    ):
+        derive(model, torch.zeros(2, 3))
+    assert derive(model.energy, torch.zeros(2, 3)).coverage.unreached == ()
+
+
+@pytest.mark.parametrize("args", [(), (torch.zeros(2, 5),)])
+def test_weights_that_have_no_shape_yet_are_named_and_what_gives_them_one(args):
+    model = nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.Linear(32, 3))
+    with pytest.raises(
+        ScalingError, match=r"'0.weight', '0.bias' of Sequential are not initialised yet(.|\n)*run one forward first: model"
+    ):
+        derive(model, args or None)
+    model(torch.zeros(2, 5))
+    assert derive(model, args or None)["0.weight"].role == "input"
+
+
+@pytest.mark.parametrize(("model", "more"), [("gpt2", {}), (None, {}), (lambda width: "gpt2", {"widths": (32, 64)})])
+def test_what_is_no_model_is_told_what_derive_takes(model, more):
+    with pytest.raises(
+        ScalingError, match=r"(is the str 'gpt2'|is the NoneType None), but derive takes an nn.Module, a function of the width"
+    ):
+        derive(model, **more)
 
 
 def test_an_operator_without_a_rule_that_consumes_a_weight():
@@ -147,3 +197,29 @@ def test_weights_that_nothing_uses_are_named():
     table = derive(model)
     assert table.coverage.unreached == ("spare.weight", "spare.bias")
     assert "spare.weight" in str(table)
+
+
+class Agent(nn.Module):
+    """As reinforcement learning writes them: one method per thing that is asked, and no forward."""
+
+    def __init__(self, d=32):
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(6, d), nn.Tanh(), nn.Linear(d, 1))
+        self.actor = nn.Sequential(nn.Linear(6, d), nn.Tanh(), nn.Linear(d, 3))
+
+    def get_value(self, x):
+        return self.critic(x)
+
+    def get_action_and_value(self, x):
+        return self.actor(x), self.critic(x)
+
+
+def test_a_module_without_a_forward_is_told_which_methods_it_has_and_one_of_them_will_do():
+    for inputs in ((), (torch.zeros(2, 6),)):
+        with pytest.raises(ScalingError, match="Agent has no forward") as caught:
+            derive(Agent(), *inputs)
+    assert "get_value, get_action_and_value" in str(caught.value)
+    assert "model.forward = model.get_action_and_value" in str(caught.value)
+    model = Agent()
+    model.forward = model.get_action_and_value
+    assert derive(model).coverage.unreached == ()

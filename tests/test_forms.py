@@ -5,7 +5,7 @@ import torch
 from sympy import Rational
 from torch import nn
 
-from scaling import derive, register
+from scaling import derive, flow, register
 from scaling.errors import CaptureFailed, ConflictingUses, TooManyGrowingAxes, UnsupportedOperator
 from scaling.limits import WIDTH
 from scaling.operators import OPERATORS
@@ -224,3 +224,131 @@ def test_of_heads_and_head_dim_on_axes_of_their_own_one_grows(heads):
     table = derive(Attention(128), torch.zeros(2, 6, 7), heads=heads)
     for name in "qkvo":
         assert [dim.has(table.width) for dim in table[name].dims] == [True, heads == "grow", heads == "fixed"]
+
+
+ASSIGNED = {
+    "zeros": lambda x, a, b: torch.zeros(len(x), 2 * a.shape[1]),
+    "new_zeros": lambda x, a, b: x.new_zeros(len(x), 2 * a.shape[1]),
+    "zeros_like": lambda x, a, b: torch.zeros_like(torch.cat([a, b], 1)),
+}
+
+
+@pytest.mark.parametrize("made", ASSIGNED.values(), ids=ASSIGNED)
+def test_what_is_assigned_into_parts_of_zeros_is_concatenated(made):
+    class Assigned(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.a, self.b, self.mid, self.out = nn.Linear(7, d), nn.Linear(7, d), nn.Linear(d, d), nn.Linear(2 * d, 5)
+
+        def forward(self, x):
+            a, b = self.mid(self.a(x)), self.b(x)
+            both = made(x, a, b)
+            both[:, : a.shape[1]] = a
+            both[:, a.shape[1] :] = b
+            return self.out(both)
+
+    table = derive(Assigned(32), *X)
+    joined = [{name for name, _ in one.where} for one in table.classes if ("out.weight", 1) in one.where]
+    assert sorted(map(sorted, joined)) == [["b.bias", "b.weight", "out.weight"], ["mid.bias", "mid.weight", "out.weight"]]
+    assert not flow(table).unknown
+
+
+def test_a_product_is_fixed_where_one_of_its_factors_is_said_to_grow():
+    """4 heads × 16 are regrouped to 8 groups × 8: the heads are a factor of the groups, whose number stays."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.gain, self.groups = nn.Linear(7, 64), nn.Parameter(torch.ones(4, 1)), nn.Parameter(torch.ones(8, 1))
+            self.out = nn.Linear(64, 64)
+
+        def forward(self, x):
+            heads = self.q(x).view(-1, 4, 16) * self.gain
+            return self.out((heads.flatten(1).view(-1, 8, 8) * self.groups).flatten(1)).mean(1)
+
+    table = derive(Grouped(), *X, grows={"gain": 0}, fixed={"groups": 0})
+    assert [table[name].dims[0].has(d) for name in ("gain", "groups", "q.weight")] == [True, False, True]
+    assert table["groups"].dims[0] == 8
+    assert [one.known for one in table.classes if one.where == (("groups", 0),)] == [True]
+
+
+class Sines(nn.Module):
+    """Features made of the coordinates: 4 sines and cosines of each of 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp = nn.Linear(12, 32)
+
+    def forward(self, x):
+        return self.inp(torch.cat([f(2**i * x) for i in range(2) for f in (torch.sin, torch.cos)], -1))
+
+
+class Neighbours(nn.Module):
+    """Rows picked by an index that must be integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp = nn.Linear(7, 32)
+
+    def forward(self, x, edges):
+        source, target = edges
+        h = self.inp(x)
+        return torch.zeros_like(h).index_add(0, target, h[source])
+
+
+class Folded(nn.Module):
+    """A stem that takes an image apart first, as TResNet's: its first convolution does not have the image's channels."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.inp = nn.Conv2d(48, 32, 3)
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        b, _, h, w = x.shape
+        return self.inp(x.view(b, 3, h // 4, 4, w // 4, 4).permute(0, 1, 3, 5, 2, 4).reshape(b, 3 * 16, h // 4, w // 4))
+
+
+class Patches(nn.Module):
+    """A video whose number of axes is asked for before any operator sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp = nn.Conv3d(3, 32, (2, 4, 4), (2, 4, 4))
+
+    def forward(self, x):
+        _, _, _, _, _ = x.shape
+        return self.inp(x)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Sines(),
+        Neighbours(),
+        Folded(default_cfg={"input_size": (3, 32, 32)}),
+        Folded(example_input_array=torch.zeros(2, 3, 32, 32)),
+        Patches(),
+    ],
+    ids=["sines", "edges", "timm", "lightning", "video"],
+)
+def test_inputs_are_made_up_from_what_the_model_says_of_them(model):
+    assert not derive(model).coverage.unreached
+
+
+def test_sines_as_many_as_the_stream_is_wide_grow_with_it_and_codes_far_more_do_not():
+    class Positions(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.inp, self.mid, self.place = nn.Linear(7, d), nn.Linear(d, d), nn.Linear(d, d)
+            self.codes, self.out = nn.Linear(d, 16 * d), nn.Linear(16 * d, 5)
+
+        def forward(self, x):
+            h = self.mid(self.inp(x))
+            angles = torch.arange(x.shape[1])[:, None] / 100 ** (torch.arange(h.shape[-1] // 2) / h.shape[-1])
+            h = h + self.place(torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
+            return self.out(self.codes(h).softmax(-1))
+
+    table = derive(Positions(32), torch.zeros(2, 6, 7))
+    assert table["place.weight"].role == "hidden"
+    assert table["codes.weight"].role == "output"

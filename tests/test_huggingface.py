@@ -87,7 +87,7 @@ def test_a_config_that_does_not_scale_to_a_model_that_runs_leaves_a_guess_and_sa
             raise RuntimeError
 
     model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=31))
-    monkeypatch.setattr(importlib.import_module("scaling.derive"), "at_twice_the_width", lambda model: Broken())
+    monkeypatch.setattr(importlib.import_module("scaling.derive"), "at_twice_the_width", lambda model, **_: Broken())
     table = derive(model)
     assert "guessed" in table.notes[0]
     assert not any(c.known for c in table.classes)
@@ -135,3 +135,26 @@ def test_a_field_that_its_constructor_fills_in_is_filled_in_again():
     small = {"hidden_size": 16, "num_filters": 4, "num_lstm_layers": 1, "target_bandwidths": [1.5]}
     assert at_twice_the_width(EncodecModel(EncodecConfig(**small))).config.codebook_dim == 32
     assert at_twice_the_width(EncodecModel(EncodecConfig(codebook_dim=8, **small))).config.codebook_dim == 8
+
+
+def test_a_size_that_must_be_the_streams_grows_with_it_whatever_its_name():
+    """LightGlue's hidden size is its descriptors', and so are its detector's: doubled alone, it does not run."""
+    from transformers import LightGlueConfig, LightGlueForKeypointMatching, SuperPointConfig
+
+    detector = SuperPointConfig(descriptor_decoder_dim=64, decoder_hidden_size=48)
+    with torch.device("meta"):
+        model = LightGlueForKeypointMatching(LightGlueConfig(keypoint_detector_config=detector, descriptor_dim=64, num_hidden_layers=2))
+    table = derive(model, kwargs={"pixel_values": torch.zeros(1, 2, 3, 32, 32)})
+    assert not [note for note in table.notes if "guessed" in note]
+    assert table["transformer_layers.0.self_attention.q_proj.weight"].role == "hidden"
+
+
+def test_an_encoder_of_sound_is_tried_with_every_form_of_it():
+    from transformers import BertConfig, SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel, Wav2Vec2Config
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    sound = Wav2Vec2Config(conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), **positions, **small)
+    text = BertConfig(vocab_size=31, is_decoder=True, add_cross_attention=True, **small)
+    model = SpeechEncoderDecoderModel(SpeechEncoderDecoderConfig.from_encoder_decoder_configs(sound, text))
+    assert not derive(model).coverage.unreached

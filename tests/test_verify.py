@@ -152,14 +152,14 @@ def found(a, b, c, optimizer):
     return regime.verdict, Q(int(regime.r.p), int(regime.r.q))
 
 
-def test_six_thousand_random_abc_lists_agree_with_the_theorems():
+def test_twenty_thousand_random_abc_lists_agree_with_the_theorems():
     choose = random.Random(0).choice
     seen = Counter()
-    for _ in range(6000):
+    for _ in range(20_000):
         case = draw(choose, choose([2, 3, 3, 4, 5]))
         assert found(*case) == expected(*case), case
         seen[expected(*case)[0], case[3]] += 1
-    assert min(seen[verdict, optimizer] for verdict in REGIMES for optimizer in ("sgd", "adam", "msign")) >= 5, seen
+    assert min(seen[verdict, optimizer] for verdict in REGIMES for optimizer in ("sgd", "adam", "msign")) >= 20, seen
 
 
 quarters = st.integers(-8, 8).map(lambda k: Q(k, 4))

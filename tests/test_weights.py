@@ -1,5 +1,7 @@
 """Weights in the forms people have them: recurrent, normalised, adapted, grouped, transposed, indexed. THEORY 2.2 says what is right."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from scaling import derive, flow
-from scaling.limits import WIDTH
+from scaling.limits import WIDTH, exponent
 
 d = WIDTH
 
@@ -349,7 +351,7 @@ class Steps(nn.Module):
 
 
 def test_sinusoids_are_an_input_and_patches_an_output_from_one_model_too():
-    for table in (derive(Steps, (torch.ones(3),), widths=(64, 96)), derive(Steps(64), (torch.ones(3),))):
+    for table in (derive(Steps, (torch.ones(3),), widths=(64, 96)), derive(Steps(96), (torch.ones(3),))):
         assert [table[f"{name}.weight"].role for name in ("time", "mid", "out")] == ["input", "hidden", "output"]
 
 
@@ -578,3 +580,67 @@ class Rows(nn.Module):
 def test_an_axis_of_one_length_at_every_width_does_not_grow_whatever_it_is_cut_into():
     table = derive(Rows, torch.zeros(3, 7), widths=(64, 128))
     assert table["first.weight"].dims == (2048, 7)
+
+
+class Ensemble(nn.Module):
+    """Members of one shape: one after the other, or stacked and mapped over (torch.vmap), or stacked for one product."""
+
+    def __init__(self, width, how):
+        super().__init__()
+        self.first = nn.Linear(7, width)
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 5)) for _ in range(3))
+        self.how = how
+        self.__dict__["skeleton"] = copy.deepcopy(self.nets[0]).to("meta")  # no child: its weights are no one's
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.how == "loop":
+            return torch.stack([net(x) for net in self.nets]).mean(0)
+        if self.how == "vmap":
+            params, _ = torch.func.stack_module_state(list(self.nets))
+            return torch.vmap(lambda p, y: torch.func.functional_call(self.skeleton, p, (y,)), in_dims=(0, None))(params, x).mean(0)
+        w, b, v, c = (torch.stack(same) for same in zip(*(net.parameters() for net in self.nets), strict=True))
+        h = torch.relu(torch.einsum("bi,eoi->ebo", x, w) + b[:, None])
+        return (torch.bmm(h, v.mT) + c[:, None]).mean(0)
+
+
+@pytest.mark.parametrize("how", ["vmap", "einsum"])
+def test_stacked_modules_have_the_rules_of_modules_that_run_one_after_the_other(how):
+    def rules(how):
+        table = derive(lambda width: Ensemble(width, how), (torch.zeros(2, 7),), widths=(32, 48))
+        return {rule.name: (rule.role, rule.fan_in, rule.fan_out, rule.copies, rule.init_std, rule.lr) for rule in table}
+
+    assert rules(how) == rules("loop")
+
+
+class Joined(nn.Module):
+    """Two maps of one input as rows of one matrix, two of two inputs as columns of another; or each by itself."""
+
+    def __init__(self, width, joined, by=0.0):
+        super().__init__()
+        self.first, self.out, self.by = nn.Linear(7, width, bias=False), nn.Linear(width, 5), 1 / width**by
+        for name, shape in {"a": (width, width), "b": (3, width), "c": (width, width), "e": (width, 3), "f": (width,), "g": (3,)}.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.joined = joined
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.joined:
+            rows = torch.tanh(F.linear(x, torch.cat([self.a, self.b]), torch.cat([self.f, self.g])) * self.by)
+            return self.out(F.linear(rows, torch.cat([self.c, self.e], 1)))
+        rows, few = torch.tanh(F.linear(x, self.a, self.f) * self.by), torch.tanh(F.linear(x, self.b, self.g) * self.by)
+        return self.out(F.linear(rows, self.c) + F.linear(few, self.e))
+
+
+@pytest.mark.parametrize("by", [0, 1])
+def test_weights_joined_to_one_matrix_have_the_rules_of_maps_of_their_own(by):
+    """With what multiplies the whole made up for in every one of them."""
+
+    def rules(joined):
+        table = derive(lambda width: Joined(width, joined, by), (torch.zeros(2, 7),), widths=(32, 48))
+        return {rule.name: (rule.role, rule.fan_in, rule.fan_out, rule.init_std, rule.lr) for rule in table}
+
+    apart = rules(joined=False)
+    assert rules(joined=True) == apart
+    assert [apart[name][0] for name in "abce"] == ["hidden", "output", "hidden", "input"]
+    assert exponent(apart["b"][3]) == by - 1

@@ -6,11 +6,11 @@ from torch import Tensor, fx
 
 from scaling.contractions import _as_float
 from scaling.graph import Call
-from scaling.orders import CONSTANT, ZERO, Exponent, Pieces, State, joined, least, minus, plus, shared, times, top, zipped
-from scaling.propagation.context import TINY, Context, Result, Values, largest, shape_of
+from scaling.orders import CONSTANT, NOTHING, ZERO, Exponent, Pieces, State, joined, least, minus, plus, shared, times, top, zipped
+from scaling.propagation.context import TINY, Context, Result, Values, largest, nothing, shape_of
 from scaling.propagation.pointwise import powered
 
-__all__ = ["added", "broadcast", "merged", "multiplied", "product_of"]
+__all__ = ["added", "broadcast", "merged", "multiplied", "placed", "product_of", "zeros"]
 
 
 def broadcast(context: Context, call: Call, node: fx.Node | None, d: Pieces[Exponent]) -> Pieces[Exponent]:
@@ -116,6 +116,21 @@ def merged(context: Context, call: Call, values: Values) -> Result | None:
         return [None if v is None else broadcast(context, call, n, d) for n, v in zip(call.tensors, values, strict=True)]
 
     return out, pull
+
+
+def placed(context: Context, call: Call, values: Values) -> Result | None:
+    """slice_scatter, select_scatter: entries of the whole or of what is written into it."""
+    present = [value.whole(joined) for value in values if value is not None]
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        return [None if value is None else Pieces.of(d.whole(largest)) for value in values]
+
+    return Pieces.of(joined(present)), pull
+
+
+def zeros(context: Context, call: Call, values: Values) -> Result | None:
+    """Zeros in the shape of a value."""
+    return Pieces.of(State(NOTHING, NOTHING, NOTHING, NOTHING)), lambda _: nothing(values)
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from scaling.propagation import reductions
 from scaling.propagation.attention import attention
 from scaling.propagation.context import HALF, Context, Result, Rule, Values
 from scaling.propagation.contraction import contraction
-from scaling.propagation.elementwise import added, merged, multiplied
+from scaling.propagation.elementwise import added, merged, multiplied, placed, zeros
 from scaling.propagation.moving import glu, kept, lookup, moves
 from scaling.propagation.norms import normalisation
 from scaling.propagation.pointwise import clamp, powered, raised, unary
@@ -23,7 +23,7 @@ __all__ = ["MOVES", "RULES", "propagate"]
 
 _ROWS: list[tuple[Rule, str]] = [
     # one entry -> one entry
-    (unary(curve.same), "neg dropout alpha_dropout feature_dropout nan_to_num real conj"),
+    (unary(curve.same), "neg dropout alpha_dropout feature_dropout feature_alpha_dropout nan_to_num real conj"),
     (unary(curve.positive), "relu leaky_relu abs threshold celu elu selu relu6 hardswish"),
     (unary(curve.odd_bounded), "tanh erf sin atan hardtanh softsign sign asinh"),
     (unary(curve.even_bounded), "sigmoid cos hardsigmoid"),
@@ -40,7 +40,9 @@ _ROWS: list[tuple[Rule, str]] = [
     # several values, entry by entry
     (added, "add sub rsub"),
     (multiplied, "mul div multiply divide true_divide"),
-    (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_add slice_scatter select_scatter index_copy"),
+    (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_add index_copy"),
+    (placed, "slice_scatter select_scatter"),
+    (zeros, "new_zeros zeros_like"),
     # over an axis
     (reductions.summed, "sum"),
     (reductions.mean, "mean"),

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from .model import Handwritten, between, floats, tokens
 
@@ -276,6 +276,56 @@ class Capsules(nn.Module):
         return self.last(v).squeeze(-1)
 
 
+class UnitLength(nn.Module):
+    def forward(self, weight):
+        return F.normalize(weight, dim=-1)
+
+
+class UnitRows(nn.Module):
+    """Weights whose rows have length 1 at every step, by a parametrization (nGPT)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        for linear in (self.up, self.down):
+            parametrize.register_parametrization(linear, "weight", UnitLength())
+
+    def forward(self, x):
+        return x + self.down(F.relu(self.up(x)))
+
+
+class Contrastive(nn.Module):
+    """Contrastive: features of two kinds and what the loss will multiply their products by and add (SigLIP)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.left, self.right = nn.Linear(7, d, bias=False), nn.Linear(5, d, bias=False)
+        self.join = nn.Linear(d, d, bias=False)
+        self.temperature, self.offset = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x, y):
+        left, right = F.normalize(self.join(self.left(x)), dim=-1), F.normalize(self.join(self.right(y)), dim=-1)
+        return left, right, self.temperature.exp(), self.offset.clone()
+
+
+class FoldedByPeriod(nn.Module):
+    """A series folded into rows by its strongest periods, which NumPy counts (TimesNet)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.convolution = nn.Conv2d(d, d, 3, padding=1)
+
+    def forward(self, x):
+        strength = torch.fft.rfft(x, dim=1).abs().mean((0, 2))
+        length, total = x.shape[1], 0
+        for period in length // torch.topk(strength, 2).indices.detach().numpy():
+            rows = -(-length // period)
+            padded = F.pad(x, (0, 0, 0, int(rows * period - length)))
+            folded = self.convolution(padded.reshape(len(x), rows, period, -1).permute(0, 3, 1, 2))
+            total = total + folded.flatten(2).transpose(1, 2)[:, :length]
+        return total
+
+
 STRUCTURES = {
     "graph_convolution": Handwritten(
         GraphConvolution,
@@ -347,4 +397,11 @@ STRUCTURES = {
     "capsules": Handwritten(
         Capsules, lambda d: (floats(3, 7),), "input: first.weight\nhidden: W\noutput: last.weight\nscalar: last.bias\nvector: first.bias"
     ),
+    "rows_of_length_one": between(UnitRows, roles="hidden: inner.*.weight.original\nvector: inner.*.bias"),
+    "temperature_for_the_loss": Handwritten(
+        Contrastive,
+        lambda d: (floats(3, 7), floats(3, 5)),
+        "input: left.weight right.weight\nscalar: temperature offset\nhidden: join.*weight",
+    ),
+    "folded_by_period": between(FoldedByPeriod, roles="hidden: inner.convolution.weight\nvector: inner.convolution.bias"),
 }

@@ -156,7 +156,9 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     except ScalingError as error:
         out["also"] = [_said(error)]
     if hasattr(model, "config") and without is not None:
-        out["config"] = [*(note for note in without.notes if "guessed" in note), *_wrong(without, truth)]
+        scaled = _of_the_scaled_config(without)
+        out["config"] = [*(note for note in without.notes if "guessed" in note), *_wrong(without, scaled)]
+        out["builder_differs"] = [f"{name}:{axis}" for name, axes in scaled.items() for axis in _apart(axes, truth.get(name, axes))]
         out["unreached_without_inputs"] = len(without.coverage.unreached)
     truth = {f"model.{name}": axes for name, axes in truth.items()}
     out["alone"] = [name.removeprefix("model.") for name in _wrong(alone, truth)]
@@ -165,6 +167,20 @@ def _widths(case: Case, model: nn.Module, alone: ScalingTable, without: ScalingT
     out["overrides"] = _overrides(alone, truth)
     out["unsound"] = _unsound(alone, {f"model.{n}": s for n, s in oracle.shapes(list(models.values())).items()})
     return out
+
+
+def _of_the_scaled_config(table: ScalingTable) -> dict[str, list]:
+    """What grows between the model and its own config scaled, by their shapes; where the survey's builder scales other fields, so be it."""
+    every = [
+        {name: tuple(node.meta["val"].shape) for node in recording.graph.nodes for name in node.meta.get("names", ())}
+        for recording in table.trace.graph.recordings
+    ]
+    return {name: [oracle.growth(sizes) for sizes in zip(*(shapes[name] for shapes in every), strict=True)] for name in every[0]}
+
+
+def _apart(axes: list, others: list) -> list[int]:
+    """The axes that grow in one and not in the other."""
+    return [axis for axis, (a, b) in enumerate(zip(axes, others, strict=True)) if None not in {a, b} and (a != 0) != (b != 0)]
 
 
 def _sizes(inputs: Any) -> Any:
@@ -265,20 +281,33 @@ def _overrides(table: ScalingTable, truth: dict[str, list]) -> list[str] | None:
 
 
 def _most(wrong: list[tuple[str, int]], truth: dict[str, list]) -> tuple[str, str, list[int]]:
-    """The override that puts the most axes right: one axis of a layer that repeats, or all of a part of the model that does not grow."""
+    """The override that puts the most axes right and none wrong: an axis of a layer that repeats, or all of a part that does not grow."""
     found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for name, axis in wrong:
+        grows = truth[name][axis] != 0
         layer = re.sub(r"(?<![^.])\d+(?![^.])", "*", name.removeprefix("model."))
-        found["grows" if truth[name][axis] != 0 else "fixed", f"*{layer}", (axis,)] += 1
         parts = layer.split(".")
+        shorter = [
+            pattern
+            for length in range(1, len(parts))
+            for pattern in ("*." + ".".join(parts[length:]), *(f"*{parts[at]}.*." + ".".join(parts[length:]) for at in range(length - 1)))
+        ]
+        for pattern in dict.fromkeys((name, f"*{layer}", *shorter)):
+            if all((t != 0) == grows for t in _matched(pattern, axis, truth)):
+                found["grows" if grows else "fixed", pattern, (axis,)] += 1
         for length in range(1, len(parts)):
-            part = ".".join(parts[:length]) + ".*"
-            inside = [axes for other, axes in truth.items() if fnmatch.fnmatchcase(other.removeprefix("model."), part)]
+            part = "model." + ".".join(parts[:length]) + ".*"
+            inside = [axes for other, axes in truth.items() if fnmatch.fnmatchcase(other, part)]
             if not any(any(axes) for axes in inside):
-                found["fixed", f"model.{part}", tuple(range(max(map(len, inside))))] += 1
+                found["fixed", part, tuple(range(max(map(len, inside))))] += 1
                 break
     (option, pattern, which), _ = found.most_common(1)[0]
     return option, pattern, list(which)
+
+
+def _matched(pattern: str, axis: int, truth: dict[str, list]) -> list:
+    matching = (axes for name, axes in truth.items() if fnmatch.fnmatchcase(name, pattern))
+    return [axes[axis] for axes in matching if axis < len(axes) and axes[axis] is not None]
 
 
 # exponents
