@@ -18,13 +18,15 @@ from torch import Tensor
 from compiler.bits import join, split
 from compiler.errors import BadOption
 
-__all__ = ["adam_", "advance_", "apply_", "product", "runs_triton", "symmetric", "table"]
+__all__ = ["adam_", "advance_", "apply_", "cached", "holds", "in_place", "product", "runs_triton", "symmetric", "table"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-SPLIT, PANEL = 384, 128
-"""On a CPU, from SPLIT rows on, the triangle is computed by strips of PANEL rows. Measured on one core of an EPYC with AVX-512, against
-the whole product: 1.40 (512 rows), 1.51 (768), 1.57 times (1024) as fast in fp32, 1.14, 1.33 and 1.30 times in bf16; at 256 no gain."""
+STRIP = 64
+"""On a CPU the triangle is computed by strips of so many rows, each finished in a place that stays in the cache. XXX"""
+
+CACHE = 1 << 20
+"""Bytes of one operand that a core's cache holds beside its others, so that a batch is better taken in parts. XXX"""
 
 
 @cache
@@ -43,6 +45,23 @@ def runs_triton(*tensors: Tensor) -> ModuleType | None:
     """The Triton kernels if they can take these tensors."""
     here = all(T.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" for T in tensors)
     return _triton() if here and all(T.dtype in DTYPES for T in tensors) else None
+
+
+def holds(flags: Tensor) -> bool:
+    """Whether all flags are known to be set: the host looks at those on a CPU, as nothing waits there, and at none while compiling."""
+    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flags.all())
+
+
+def cached(A: Tensor) -> int:
+    """How many of the matrices A (B, m, n), m ≤ n, are best taken at once, for products of size m × m."""
+    if A.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(len(A), 1)
+    return max(1, torch.get_num_threads() * CACHE // (A.size(1) ** 2 * A.itemsize))
+
+
+def in_place(A: Tensor) -> bool:
+    """Whether `symmetric` of such operands may write its result over D."""
+    return runs_triton(A) is None
 
 
 def symmetric(
@@ -66,7 +85,7 @@ def symmetric(
         D: like C.
         delta: of D.
         gamma: of I.
-        out: shape (batch, m, m), rows of stride 1, of A's dtype; none of the operands. Made if not given.
+        out: shape (batch, m, m), rows of stride 1, of A's dtype; neither A nor C, and D only where `in_place`. Made if not given.
 
     Returns:
         out. Products are summed in fp32 (fp64 for fp64), the rest added in fp32, and rounded once in fp16 and on CUDA.
@@ -77,35 +96,35 @@ def symmetric(
         C, D = (None if T is None else T if T.stride(2) == 1 else T.contiguous() for T in (C, D))
         scalars: list[float | Tensor] = [x.float() if isinstance(x, Tensor) else float(x) for x in (alpha, beta, delta, gamma)]
         return kernels.symmetric(A, scalars, C, D, out)
-    exact = torch.empty(out.shape, device=out.device) if A.dtype == torch.float16 else out  # α·A·Aᵀ may be in range where A·Aᵀ is not
-    _symmetric(A, alpha, C, beta, exact)
-    if D is not None:
-        exact.addcmul_(D, _each(delta).to(D.dtype)) if isinstance(delta, Tensor) else exact.add_(D, alpha=delta)
-    if isinstance(gamma, Tensor) or gamma != 0:
-        exact.diagonal(dim1=1, dim2=2).add_(gamma[:, None] if isinstance(gamma, Tensor) else gamma)
-    return out if exact is out else out.copy_(exact)
+    m = A.size(1)
+    for start in range(0, m, m if A.is_cuda else STRIP):
+        stop = m if A.is_cuda else min(start + STRIP, m)
+        strip = _product(A[:, start:stop], A[:, :stop].mT, alpha, None if C is None else C[:, start:stop, :stop], beta)
+        if D is not None:
+            _add(strip, D[:, start:stop, :stop], delta)
+        if isinstance(gamma, Tensor) or gamma != 0:
+            strip[:, :, start:].diagonal(dim1=1, dim2=2).add_(gamma[:, None] if isinstance(gamma, Tensor) else gamma)
+        out[:, start:stop, :stop] = strip
+        out[:, :start, start:stop] = out[:, start:stop, :start].mT
+    return out
 
 
-def _symmetric(A: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor, out: Tensor) -> None:
-    """α·A·Aᵀ + β·C in torch."""
-    if isinstance(alpha, Tensor) or isinstance(beta, Tensor) or A.dtype != out.dtype:
-        if A.dtype == out.dtype:
-            _symmetric(A, 1.0, None, 0.0, out)
-        else:
-            out.copy_(product(A, A.mT))
-        out.mul_(_each(alpha))
-        if C is not None:
-            out.addcmul_(C, _each(beta).to(out.dtype)) if isinstance(beta, Tensor) else out.add_(C, alpha=beta)
-        return
-    C, beta = (out, 0.0) if C is None else (C, beta)
-    if A.is_cuda or A.size(1) < SPLIT:
-        torch.baddbmm(C, A, A.mT, alpha=alpha, beta=beta, out=out)
-        return
-    for a, b, c, o in zip(A, A.mT, C, out, strict=True):
-        for start in range(0, len(a), PANEL):
-            stop = min(start + PANEL, len(a))
-            torch.addmm(c[start:stop, :stop], a[start:stop], b[:, :stop], alpha=alpha, beta=beta, out=o[start:stop, :stop])
-            o[:start, start:stop] = o[start:stop, :start].T
+def _product(A: Tensor, B: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor) -> Tensor:
+    """α·A·B + β·C in torch, a new tensor; fp32 for fp16, as α·A·B may be in range where A·B is not."""
+    if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor) and A.dtype != torch.float16:
+        if C is None:
+            return torch.baddbmm(A.new_empty(()), A, B, alpha=alpha, beta=0)
+        return torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
+    out = product(A, B) if A.dtype == torch.float16 else torch.bmm(A, B)
+    out.mul_(_each(alpha))
+    if C is not None:
+        _add(out, C, beta)
+    return out
+
+
+def _add(out: Tensor, C: Tensor, factor: float | Tensor) -> None:
+    """Add factor·C."""
+    out.addcmul_(C, _each(factor).to(C.dtype)) if isinstance(factor, Tensor) else out.add_(C, alpha=factor)
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:

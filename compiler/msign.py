@@ -70,8 +70,8 @@ def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
     else:
         A = A.to(storage(A.size(-2), X.dtype, X.device, accuracy)).reshape(-1, *A.shape[-2:])
         A, scale = polar(A, _squares(A) if A.dtype == torch.float16 else None, accuracy)
-        A = (A.to(scale.dtype) * scale[:, None, None]).reshape(good.shape[:-2] + A.shape[-2:])
-    A = A.where(good, torch.nan).to(X.dtype)
+        A = (A if scale is None else A.to(scale.dtype) * scale[:, None, None]).reshape(good.shape[:-2] + A.shape[-2:])
+    A = (A if kernels.holds(good) else A.where(good, torch.nan)).to(X.dtype)
     return A.mT if tall else A
 
 
@@ -96,10 +96,18 @@ def power_of_two(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         A = X / 2^e; the exponents e; whether each matrix is finite. The last two have shape (..., 1, 1).
     """
     A = X.to(torch.promote_types(X.dtype, torch.float32))
-    largest = A.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = torch.maximum(A.amax(dim=(-2, -1), keepdim=True), -A.amin(dim=(-2, -1), keepdim=True))
     good = largest.isfinite()
     exponent = torch.frexp(largest.where(good, 1)).exponent
-    return ldexp(A.where(good, 0), -exponent), exponent, good
+    if not kernels.holds(good):
+        return ldexp(A.where(good, 0), -exponent), exponent, good
+    if kernels.holds(exponent.abs() < NORMAL):
+        return A * torch.ones_like(largest).ldexp(-exponent), exponent, good
+    return ldexp(A, -exponent), exponent, good
+
+
+NORMAL = 100
+"""2^e is in the range of fp32 for smaller |e|."""
 
 
 def ldexp(X: Tensor, exponent: Tensor) -> Tensor:
@@ -115,7 +123,7 @@ def storage(rows: int, dtype: torch.dtype, device: torch.device, accuracy: str) 
     return torch.float16 if device.type == "cuda" and accuracy != "exact" and rows >= FEWEST_ROWS else torch.float32
 
 
-def polar(A: Tensor, squares: Tensor | None, accuracy: str) -> tuple[Tensor, Tensor]:
+def polar(A: Tensor, squares: Tensor | None, accuracy: str) -> tuple[Tensor, Tensor | None]:
     """The msign of matrices prepared elsewhere, as a batch and the factors that are still to be applied to it.
 
     Args:
@@ -125,18 +133,19 @@ def polar(A: Tensor, squares: Tensor | None, accuracy: str) -> tuple[Tensor, Ten
         accuracy: a level of `msign`.
 
     Returns:
-        Y (B, m, n) in A's dtype and scale (B,): msign = scale·Y. The factors are left to whoever writes the result, as in fp16 a matrix
-        of norm 1 has entries where digits are lost. Zero where ‖A‖_F is 0; nothing here waits for the device.
+        Y (B, m, n) in A's dtype and scale (B,), or None for 1: msign = scale·Y. The factors are left to whoever writes the result, as in
+        fp16 a matrix of norm 1 has entries where digits are lost. Zero where ‖A‖_F is 0; nothing here waits for the device.
     """
     schedule = SCHEDULES[accuracy]
     first, rest = schedule.chunks[0], schedule._replace(chunks=schedule.chunks[1:])
     if squares is None:
-        R = kernels.symmetric(A, alpha=schedule.unit)
-        size = _size(R)
-        square = torch.where(size > 0, schedule.unit / size, 0)
-        R.mul_(square[:, None, None])
-        A.mul_(square.sqrt()[:, None, None])
-        return iterate(torch.bmm(_program(R, first), A), rest), (square > 0).to(A.dtype)
+        for part in A.split(kernels.cached(A)):
+            R = kernels.symmetric(part, alpha=schedule.unit)
+            size = _size(R)
+            square = torch.where(size > 0, schedule.unit / size, 0)
+            Q = _program(R.mul_(square[:, None, None]), first).mul_(square.sqrt()[:, None, None])
+            iterate(torch.bmm(Q, part), rest, out=part)
+        return A, None
     square = schedule.unit / squares.clamp(min=SMALLEST)
     R = kernels.symmetric(A, alpha=square)
     factor = schedule.unit / _size(R).clamp(min=1)  # it is unit·MARGIN²/√m at least, or else R is zero
@@ -160,7 +169,7 @@ def _size(R: Tensor) -> Tensor:
     return MARGIN**2 * torch.linalg.vector_norm(R, dim=(-2, -1), dtype=torch.promote_types(R.dtype, torch.float32))
 
 
-def iterate(A: Tensor, schedule: Schedule, *, square: Tensor | None = None) -> Tensor:
+def iterate(A: Tensor, schedule: Schedule, *, square: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """The polynomials of `schedule` on the singular values: U·p(S)·Vᵀ, for A (..., m, n) with m ≤ n.
 
     Each polynomial q is evaluated in the m × m matrix R = A·Aᵀ, which is smaller (Zhang, Dao et al. 2026, "Gram Newton-Schulz"), and the
@@ -170,28 +179,34 @@ def iterate(A: Tensor, schedule: Schedule, *, square: Tensor | None = None) -> T
         A: read only.
         schedule: its chunks, one after the other.
         square: unit·scale², shape (...): p is applied to scale·S instead, and the result is over scale, U·p(scale·S)/scale·Vᵀ.
+        out: shape (B, m, n), for the result; not A.
     """
     *batch, m, n = A.shape
     Y = A.reshape(-1, m, n)
     alpha = schedule.unit if square is None else square.reshape(-1)
-    for chunk in schedule.chunks:
-        Y = torch.bmm(_program(kernels.symmetric(Y, alpha=alpha), chunk), Y)
+    for k, chunk in enumerate(schedule.chunks, 1):
+        into = out if k == len(schedule.chunks) else None
+        Y = torch.bmm(_program(kernels.symmetric(Y, alpha=alpha), chunk), Y, out=into)
     return Y.reshape(*batch, m, n)
 
 
 def _program(R: Tensor, chunk: tuple[Product, ...], factor: Tensor | None = None) -> Tensor:
-    """Q, a polynomial of R, by the products of `compiler.programs`; four matrices of R's size as workspace.
+    """Q, a polynomial of R, by the products of `compiler.programs`; at most four matrices of R's size as workspace, R among them.
 
     Args:
-        R: shape (B, m, m).
+        R: shape (B, m, m). Its contents are lost.
         chunk: its products.
         factor: shape (B,): of factor·R instead. That goes into the coefficients, as fp16 would round R again.
     """
-    before, last, spare = R, R, [torch.empty_like(R) for _ in chunk[:3]]
+    before, last, spare, over = R, R, [], kernels.in_place(R)
     for k, (alpha, beta, delta, gamma) in enumerate(_coefficients(chunk, factor)):
-        other = R if k == len(chunk) - 1 else before
-        D, out = other if chunk[k][2] else None, spare[k % 3]
-        before, last = last, kernels.symmetric(last, alpha=alpha, C=last, beta=beta, D=D, delta=delta, gamma=gamma, out=out)
+        final = k == len(chunk) - 1
+        D = None if not chunk[k][2] else R if final else before
+        out = D if over and D is not None and D is not last and (final or D is not R) else spare.pop() if spare else torch.empty_like(R)
+        new = kernels.symmetric(last, alpha=alpha, C=last, beta=beta, D=D, delta=delta, gamma=gamma, out=out)
+        if before is not R and before is not out:
+            spare.append(before)
+        before, last = last, new
     return last
 
 

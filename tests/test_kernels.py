@@ -75,9 +75,9 @@ def test_the_triton_kernels_compile_for_an_h100_without_one(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("batch", "m", "k"), [(3, 5, 200), (2, 70, 33), (2, kernels.SPLIT + 50, 64)])
+@pytest.mark.parametrize(("batch", "m", "k"), [(3, 5, 200), (2, 70, 33), (2, 3 * kernels.STRIP + 7, 64)])
 def test_symmetric_products(dtype, batch, m, k, device):
-    """Every option, numbers and tensors, also where the triangle is computed in panels."""
+    """Every option, numbers and tensors, also where the triangle is computed in strips."""
     check_symmetric(dtype, batch, m, k, device)
 
 
