@@ -93,6 +93,7 @@ def watched(entries: list[Ready]) -> Tensor:
     for kind, members in alike.items():
         norms = torch._foreach_norm([entries[i].gradient for i in members], ord=math.inf) if kind else ()  # pyright: ignore[reportArgumentType]
         size = torch.stack(list(norms)) if kind else torch.zeros(len(members), device=device)
+        size = size.to(torch.promote_types(size.dtype, torch.float32))  # the limit of fp32 is Inf in bf16
         sizes.append(size.float())
         spoilt.append(~size.le(kind[1] if kind else 0))  # NaN is not within a limit
         moves.append(size != 0)

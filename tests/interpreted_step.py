@@ -49,9 +49,10 @@ def test_a_step_through_the_kernels_is_the_step_through_torch(update, map, numbe
         b.step()
     assert sum(through) == 3 * 6
     near = 1e-6 if dtype == torch.float32 or master else 2**-5  # torch rounds a bf16 weight twice a step, the kernel once
+    turned = 1e-4 if map == "msign" else 0  # lr·1e-3: sums in another order turn directions of matrices as small as these
     for w, v in zip(W, V, strict=True):
         ours, torchs = (join(w, a.state[w][LOW]), join(v, b.state[v][LOW])) if master else (w, v)
-        torch.testing.assert_close(ours, torchs, rtol=near, atol=near)
+        torch.testing.assert_close(ours, torchs, rtol=near, atol=max(near, turned))
     for w, v in zip(W[:3], V[:3], strict=True):
         torch.testing.assert_close(a.state[w]["momentum_buffer"], b.state[v]["momentum_buffer"], rtol=near, atol=0)
     for name in ("step", "exp_avg", "exp_avg_sq"):

@@ -26,7 +26,7 @@ MADE = "near rank 1"
 """No momentum has been seen to be like it."""
 
 
-def tested(halved):
+def momenta_halved(halved):
     """Name -> a matrix and its SVD: momenta in the shapes they come from, or in half of them."""
     from momenta import TESTED, Exact, matrix
 
@@ -78,7 +78,7 @@ def levels(contestants, matrices):
 def test_every_level_reaches_more_of_the_steepest_descent_than_torch_muon_at_the_norm_it_claims():
     from contestants import contestants
 
-    entered, matrices = contestants(torch.device("cpu")), tested(2)
+    entered, matrices = contestants(torch.device("cpu")), momenta_halved(2)
     theirs = errors(next(c for c in entered if c.name == "torch.optim.Muon"), matrices)
     check(levels(entered, matrices), {"torch.optim.Muon": theirs})
     assert all(error.descent < 0.9 and error.norm > 1.1 for error in theirs.values())  # what there is to be better than
@@ -88,7 +88,7 @@ def test_every_level_reaches_more_of_the_steepest_descent_than_torch_muon_at_the
 def test_every_level_beside_every_peer_that_is_installed():
     from contestants import contestants
 
-    entered, matrices = contestants(torch.device("cpu")), tested(1)
+    entered, matrices = contestants(torch.device("cpu")), momenta_halved(1)
     ours, peers = levels(entered, matrices), {}
     for contestant in entered:
         if contestant.kind == "msign" and not contestant.name.startswith("ours") and not contestant.cuda:
@@ -106,7 +106,7 @@ def test_every_level_beside_every_peer_that_is_installed():
 @pytest.mark.slow  # a minute: few CPUs multiply fp16
 def test_levels_in_half_precision_as_on_cuda():
     """Emulated: stored in fp16, summed in fp32."""
-    for name, exact in tested(1 if torch.cuda.is_available() else 2).items():
+    for name, exact in momenta_halved(1 if torch.cuda.is_available() else 2).items():
         tall = exact.X.size(0) > exact.X.size(1)
         A = power_of_two((exact.X.mT if tall else exact.X).float())[0].half()[None]
         for level, least, most in (("fast", 0.93, 1.01), ("default", 0.97, 1.01), ("high", 0.98, 1.005)):
