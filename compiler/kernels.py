@@ -22,11 +22,14 @@ __all__ = ["adam_", "advance_", "apply_", "cached", "holds", "in_place", "produc
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-STRIP = 64
-"""On a CPU the triangle is computed by strips of so many rows, each finished in a place that stays in the cache. XXX"""
+STRIP = 128
+"""On a CPU the triangle is computed by strips of so many rows, each finished in a place that stays in the cache. Measured by `msign` on an
+EPYC with AVX-512 against the whole product, one core and two: 1.14 and 1.10 times as fast at 24 × 256², 1.06 and 1.02 at 768², no gain
+at 512². 64 rows gain 3 % more at 256² and lose 12 % at 512² on two cores."""
 
 CACHE = 1 << 20
-"""Bytes of one operand that a core's cache holds beside its others, so that a batch is better taken in parts. XXX"""
+"""Bytes of one operand that a core's cache holds beside its others, so that a batch is better taken in parts: 64 × 128² by `msign` are
+1.40 times as fast on one core so, and 1.05 on two."""
 
 
 @cache

@@ -69,8 +69,12 @@ def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
         A = _svd(A, torch.finfo(X.dtype).eps)
     else:
         A = A.to(storage(A.size(-2), X.dtype, X.device, accuracy)).reshape(-1, *A.shape[-2:])
-        A, scale = polar(A, _squares(A) if A.dtype == torch.float16 else None, accuracy)
-        A = (A if scale is None else A.to(scale.dtype) * scale[:, None, None]).reshape(good.shape[:-2] + A.shape[-2:])
+        if A.dtype == torch.float16:
+            A, scale = polar(A, _squares(A), accuracy)
+            A = A.float() * scale[:, None, None]
+        else:
+            A = polar_(A, accuracy)
+        A = A.reshape(good.shape[:-2] + A.shape[-2:])
     A = (A if kernels.holds(good) else A.where(good, torch.nan)).to(X.dtype)
     return A.mT if tall else A
 
@@ -123,29 +127,41 @@ def storage(rows: int, dtype: torch.dtype, device: torch.device, accuracy: str) 
     return torch.float16 if device.type == "cuda" and accuracy != "exact" and rows >= FEWEST_ROWS else torch.float32
 
 
-def polar(A: Tensor, squares: Tensor | None, accuracy: str) -> tuple[Tensor, Tensor | None]:
-    """The msign of matrices prepared elsewhere, as a batch and the factors that are still to be applied to it.
+def polar_(A: Tensor, accuracy: str) -> Tensor:
+    """The msign of matrices prepared elsewhere, in their place.
 
     Args:
-        A: shape (B, m, n) with m ≤ n, in `storage`, entries of at most 1; workspace: its contents are lost.
-        squares: ‖A‖_F² of the entries as they are stored, (B,), fp32 or A's dtype. None if A is not in fp16 and the largest entry of
-            every matrix at least 1/2, or all of it zero.
+        A: shape (B, m, n) with m ≤ n, fp32 or fp64; the largest entry of every matrix in [1/2, 1], or all of it zero.
         accuracy: a level of `msign`.
 
     Returns:
-        Y (B, m, n) in A's dtype and scale (B,), or None for 1: msign = scale·Y. The factors are left to whoever writes the result, as in
-        fp16 a matrix of norm 1 has entries where digits are lost. Zero where ‖A‖_F is 0; nothing here waits for the device.
+        A, written over.
     """
     schedule = SCHEDULES[accuracy]
     first, rest = schedule.chunks[0], schedule._replace(chunks=schedule.chunks[1:])
-    if squares is None:
-        for part in A.split(kernels.cached(A)):
-            R = kernels.symmetric(part, alpha=schedule.unit)
-            size = _size(R)
-            square = torch.where(size > 0, schedule.unit / size, 0)
-            Q = _program(R.mul_(square[:, None, None]), first).mul_(square.sqrt()[:, None, None])
-            iterate(torch.bmm(Q, part), rest, out=part)
-        return A, None
+    for part in A.split(kernels.cached(A)):
+        R = kernels.symmetric(part, alpha=schedule.unit)
+        size = _size(R)
+        square = torch.where(size > 0, schedule.unit / size, 0)
+        Q = _program(R.mul_(square[:, None, None]), first).mul_(square.sqrt()[:, None, None])
+        iterate(torch.bmm(Q, part), rest, out=part)
+    return A
+
+
+def polar(A: Tensor, squares: Tensor, accuracy: str) -> tuple[Tensor, Tensor]:
+    """The msign of matrices prepared elsewhere, as a batch and the factors that are still to be applied to it.
+
+    Args:
+        A: shape (B, m, n) with m ≤ n, in `storage`, entries of at most 1; read only.
+        squares: ‖A‖_F² of the entries as they are stored, (B,), fp32 or A's dtype.
+        accuracy: a level of `msign`.
+
+    Returns:
+        Y (B, m, n) in A's dtype and scale (B,): msign = scale·Y. The factors are left to whoever writes the result, as in fp16 a matrix
+        of norm 1 has entries where digits are lost. Zero where ‖A‖_F is 0; nothing here waits for the device.
+    """
+    schedule = SCHEDULES[accuracy]
+    first, rest = schedule.chunks[0], schedule._replace(chunks=schedule.chunks[1:])
     square = schedule.unit / squares.clamp(min=SMALLEST)
     R = kernels.symmetric(A, alpha=square)
     factor = schedule.unit / _size(R).clamp(min=1)  # it is unit·MARGIN²/√m at least, or else R is zero

@@ -137,6 +137,19 @@ def test_a_first_gradient_that_is_spoilt_leaves_a_state_of_zeros():
     assert optimizer.state[W[3]]["step"] == 1
 
 
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_half_precision_hides_no_overflow(bad, master):
+    """The largest number of fp32, rounded to bf16, is Inf."""
+    (w,) = W = [nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))]
+    optimizer = SpectralOptimizer(W, 0.1, momentum=0.0, capturable=True, master=master)
+    w.grad = torch.ones_like(w)
+    w.grad[1, 2] = bad
+    optimizer.step()
+    assert w.eq(1).all()
+    assert optimizer.skipped == {"0.0": 1}
+
+
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_the_range_of_fp64_is_that_of_fp64(size):
     W = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
