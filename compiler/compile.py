@@ -77,6 +77,9 @@ def compile(
 ) -> tuple[nn.Module, SpectralOptimizer]:
     """Initialise the model by the table, in place, and build its optimizer.
 
+    Every trainable weight needs a rule. Those that the forward does not use have none (`table.coverage.unreached`); frozen, with
+    `requires_grad_(False)`, they stay as they are and out of the optimizer, which holds trainable weights only.
+
     Weights (blocks of weights) whose fan_in and fan_out both grow go through `optimizer`; embeddings, input and output maps,
     vectors and scalars through `rest`, with factors of their own at the same nominal lr, which has the same meaning there (a
     change of RMS lr per unit input).

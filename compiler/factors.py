@@ -116,7 +116,8 @@ def ruled_weights(model: nn.Module, table: ScalingTable) -> list[tuple[str, nn.P
             aliases.setdefault(weight, []).append(name)
     unreached = [names[0] for names in aliases.values() if not any(name in table for name in names)]
     if unreached:
-        raise UnreachedWeights(unreached, "the table has no rule for these trainable weights")
+        unused = [name for name in unreached if name in table.coverage.unreached]
+        raise UnreachedWeights(unused, [name for name in unreached if name not in unused])
     found = {name: (weight, table[name]) for weight, names in aliases.items() for name in names if name in table}
     out: dict[str, tuple[str, nn.Parameter, WeightRule]] = {}
     for name, (weight, rule) in found.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from scaling.folding import fold
+
 __all__ = [
     "CannotMakeInputs",
     "CannotMeasure",
@@ -114,14 +116,28 @@ class NoSuchAxis(ScalingError):
 
 
 class UnreachedWeights(ScalingError):
-    """Trainable weights that no rule reaches."""
+    """Trainable weights without a rule: `unused` by the forward that was derived, or `unknown` to the table."""
 
-    def __init__(self, names: Iterable[str], why: str) -> None:
-        self.names = tuple(names)
-        super().__init__(
-            f"{why}: {', '.join(self.names)}\n"
-            "  pass inputs to derive() that make the model use them, or freeze them: weight.requires_grad_(False)"
-        )
+    def __init__(self, unused: Iterable[str], unknown: Iterable[str]) -> None:
+        self.unused, self.unknown = tuple(unused), tuple(unknown)
+        lines = ["the table has no rule for some trainable weights"]
+        if self.unused:
+            lines += [
+                f"the forward did not use these when the table was derived: {', '.join(fold(self.unused))}",
+                "  derive it with inputs that make the model use them, derive(model, args); or leave them as they are, not optimized:",
+                "  for name in table.coverage.unreached: model.get_parameter(name).requires_grad_(False)",
+            ]
+        if self.unknown:
+            lines += [
+                f"the model that was derived did not have these, or had them frozen: {', '.join(fold(self.unknown))}",
+                "  derive the table from this model as it is now: derive(model)",
+            ]
+        super().__init__("\n".join(lines))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.unused + self.unknown
 
 
 class FormatError(ScalingError, ValueError):

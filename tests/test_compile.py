@@ -15,7 +15,7 @@ import compiler
 from compiler.compile import MATRICES, OPTIMIZERS
 from compiler.errors import AlreadyCompiled, BadOption, NotExpressible
 from compiler.model import LAWS
-from scaling import limits
+from scaling import derive, limits
 from scaling.errors import ScalingError, UnknownName, UnreachedWeights, WrongWidth
 from scaling.records import Block, Coverage, Factor, ScalingTable, Source, Use, WeightRule
 
@@ -495,7 +495,11 @@ FAILURES = {
     "bad base": (lambda m: compiler.compile(m, TABLE, lr=0.1, base="small"), BadOption, "base='small'"),
     "base of other shapes": (lambda m: compiler.compile(m, TABLE, lr=0.1, base=MLP(8)), WrongWidth, "embed.weight"),
     "constant base": (lambda m: compiler.compile(m, TABLE, lr=0.1, base=zeroed(Net(BASE))), BadOption, "'experts'"),
-    "unreached": (lambda m: compiler.compile(m, table(*TABLE.rules[:-2]), lr=0.1), UnreachedWeights, "head.weight, head.bias"),
+    "unreached": (
+        lambda m: compiler.compile(m, table(*TABLE.rules[:-2]), lr=0.1),
+        UnreachedWeights,
+        "had them frozen: head.weight, head.bias",
+    ),
     "another model": (lambda m: compiler.compile(nn.Sequential(m), TABLE, lr=0.1), WrongWidth, "the model has no weight 'embed.weight'"),
     "wrong width": (lambda m: compiler.compile(m, table(linear("head.weight", V + 1, d), *TABLE.rules), lr=0.1), WrongWidth, "head.weight"),
 }
@@ -517,6 +521,70 @@ def test_a_failing_compile_says_why_and_leaves_the_model_as_it_was(failure):
     assert same(fingerprint(model), before)
     if "base" not in failure:
         assert torch.equal(torch.get_rng_state(), state)
+
+
+class Spare(MLP):
+    """Has what its forward uses only when asked: layers, as SAM's mask encoder, and a bare parameter."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.spare = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.offset = nn.Parameter(torch.randn(width))
+
+    def forward(self, x, *, spare=False):
+        h = F.relu(self.a(x))
+        if spare:
+            h = self.spare[1](self.spare[0](h + self.offset))
+        return self.c(F.relu(self.b(h)))
+
+
+CALLS = {
+    "compile": lambda model, table: compiler.compile(model, table, "muon", lr=0.1),
+    "init_": compiler.init_,
+    "param_groups": lambda model, table: compiler.param_groups(model, table, "adam", lr=0.1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_weights_that_the_forward_does_not_use_are_refused_with_the_call_that_leaves_them_as_they_are(call):
+    model, x = Spare(WIDTH), torch.randn(4, 5)
+    table, before = derive(model, x), fingerprint(model)
+    unused = ("spare.0.weight", "spare.0.bias", "spare.1.weight", "spare.1.bias", "offset")
+    with pytest.raises(UnreachedWeights, match=r"did not use these .*: offset, spare\.\[0-1\]\.weight, spare\.\[0-1\]\.bias\n") as raised:
+        CALLS[call](model, table)
+    assert set(raised.value.names) == set(raised.value.unused) == set(unused)
+    assert same(fingerprint(model), before)
+    line = str(raised.value).splitlines()[-1].strip()
+    exec(line, {"table": table, "model": model})
+    assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == set(unused)
+    CALLS[call](model, table)
+    assert all(torch.equal(model.get_parameter(name), before[0][name]) for name in unused)
+
+
+def test_an_optimizer_holds_no_weight_that_was_left_as_it_is():
+    model, x = Spare(WIDTH), torch.randn(4, 5)
+    table, before = derive(model, x), fingerprint(model)[0]
+    for name in table.coverage.unreached:
+        model.get_parameter(name).requires_grad_(False)
+    _, optimizer = compiler.compile(model, table, "adam", lr=0.1, weight_decay=0.1)
+    assert {name for group in optimizer.param_groups for name in group["param_names"]} == {rule.name for rule in table}
+    after = train(model, optimizer, inputs=x)
+    assert all(torch.equal(after[name], before[name]) == (name in table.coverage.unreached) for name in after)
+
+
+def test_weights_that_the_table_does_not_know_ask_for_a_new_table():
+    frozen = Spare(WIDTH).requires_grad_(False)
+    frozen.c.requires_grad_(True)
+    table = derive(frozen, torch.randn(4, 5))
+    model = Spare(WIDTH)
+    model.spare.requires_grad_(False)
+    with pytest.raises(
+        UnreachedWeights, match=r"had them frozen: offset, a\.weight, a\.bias, b\.weight, b\.bias\n.*as it is now"
+    ) as raised:
+        compiler.compile(model, table, lr=0.1)
+    assert raised.value.unused == ()
+    model.offset.requires_grad_(False)
+    compiler.compile(model, derive(model, torch.randn(4, 5)), lr=0.1)
 
 
 def test_initialising_twice_is_refused():
