@@ -64,7 +64,12 @@ def cached(A: Tensor) -> int:
 
 def in_place(A: Tensor) -> bool:
     """Whether `symmetric` of such operands may write its result over D."""
-    return runs_triton(A) is None
+    return runs_triton(A) is None and not _whole(A)
+
+
+def _whole(A: Tensor) -> bool:
+    """Whether torch computes the product at once, not strips of the triangle."""
+    return A.is_cuda or A.size(1) <= STRIP
 
 
 def symmetric(
@@ -99,26 +104,28 @@ def symmetric(
         C, D = (None if T is None else T if T.stride(2) == 1 else T.contiguous() for T in (C, D))
         scalars: list[float | Tensor] = [x.float() if isinstance(x, Tensor) else float(x) for x in (alpha, beta, delta, gamma)]
         return kernels.symmetric(A, scalars, C, D, out)
-    m = A.size(1)
-    for start in range(0, m, m if A.is_cuda else STRIP):
-        stop = m if A.is_cuda else min(start + STRIP, m)
-        strip = _product(A[:, start:stop], A[:, :stop].mT, alpha, None if C is None else C[:, start:stop, :stop], beta)
+    m, whole = A.size(1), _whole(A)
+    for start in range(0, m, m if whole else STRIP):
+        stop = m if whole else min(start + STRIP, m)
+        C_strip, into = None if C is None else C[:, start:stop, :stop], out if whole and A.dtype != torch.float16 else None
+        strip = _product(A[:, start:stop], A[:, :stop].mT, alpha, C_strip, beta, into)
         if D is not None:
             _add(strip, D[:, start:stop, :stop], delta)
         if isinstance(gamma, Tensor) or gamma != 0:
             strip[:, :, start:].diagonal(dim1=1, dim2=2).add_(gamma[:, None] if isinstance(gamma, Tensor) else gamma)
-        out[:, start:stop, :stop] = strip
+        if strip is not into:
+            out[:, start:stop, :stop] = strip
         out[:, :start, start:stop] = out[:, start:stop, :start].mT
     return out
 
 
-def _product(A: Tensor, B: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor) -> Tensor:
-    """α·A·B + β·C in torch, a new tensor; fp32 for fp16, as α·A·B may be in range where A·B is not."""
+def _product(A: Tensor, B: Tensor, alpha: float | Tensor, C: Tensor | None, beta: float | Tensor, out: Tensor | None) -> Tensor:
+    """α·A·B + β·C in torch, a new tensor if `out` is not given; fp32 for fp16, as α·A·B may be in range where A·B is not."""
     if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor) and A.dtype != torch.float16:
         if C is None:
-            return torch.baddbmm(A.new_empty(()), A, B, alpha=alpha, beta=0)
-        return torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
-    out = product(A, B) if A.dtype == torch.float16 else torch.bmm(A, B)
+            return torch.baddbmm(A.new_empty(()), A, B, alpha=alpha, beta=0, out=out)
+        return torch.baddbmm(C, A, B, alpha=alpha, beta=beta, out=out)
+    out = product(A, B) if A.dtype == torch.float16 else torch.bmm(A, B, out=out)
     out.mul_(_each(alpha))
     if C is not None:
         _add(out, C, beta)
