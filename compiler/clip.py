@@ -51,7 +51,7 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
                 continue
             gradients.append(local(W.grad))
             for block in group["blocks"] or ({},):
-                scale = {**group, **block}["norm_scale"]
+                scale = {**group, **block}["norm_factor"]
                 for G in _boxes(W, block, group.get("param_names", {position: f"number {position}"})[position]):
                     norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
                     parts.setdefault(summed, []).append(norm * scale)
