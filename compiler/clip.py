@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from compiler.blocks import block_view
-from compiler.errors import BadOption
+from compiler.errors import BadGradient, BadOption
 from compiler.optimizer import SpectralOptimizer
 from compiler.shards import local, placements, sharding_of, units_of
 
@@ -38,6 +38,7 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
 
     Raises:
         BadOption: for a negative or NaN max_norm.
+        BadGradient: for a sparse gradient. Nothing has been scaled then.
     """
     if not max_norm >= 0:
         raise BadOption("max_norm", max_norm, "a number of at least 0")
@@ -49,10 +50,12 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
             if W.grad is None:  # here; another rank may have one, and then waits for this one
                 parts.setdefault(summed, []).append(torch.zeros((), device=W.device))
                 continue
+            if W.grad.is_sparse:
+                raise BadGradient([_name(group, position)], "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
             gradients.append(local(W.grad))
             for block in group["blocks"] or ({},):
                 scale = {**group, **block}["norm_factor"]
-                for G in _boxes(W, block, group.get("param_names", {position: f"number {position}"})[position]):
+                for G in _boxes(W, block, _name(group, position)):
                     norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
                     parts.setdefault(summed, []).append(norm * scale)
     totals = [torch.tensor(0.0)] if not parts else []
@@ -67,6 +70,10 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     for G in gradients:
         G.mul_(factor.to(G.device))
     return total
+
+
+def _name(group: dict[str, Any], position: int) -> str:
+    return group["param_names"][position] if "param_names" in group else f"number {position} of its group"
 
 
 def _boxes(W: Tensor, block: dict[str, Any], name: str) -> list[Tensor]:

@@ -129,7 +129,7 @@ def compile(
     ratio = _ratio(lr, rest_lr)
     built = base_model(base)
     factors = Factors.of(model, table, built or base, base_depth)
-    shared = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "clip": clip, "maximize": maximize}
+    shared = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "clip": clip, "maximize": maximize}
     shared |= {"accuracy": accuracy, "strict": strict, "nonfinite": nonfinite, "travel": travel}
     shared |= {"capturable": capturable, "master": master, "workspace": workspace}
     groups: dict[str, dict[str, Any]] = {}

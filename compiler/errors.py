@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from scaling.errors import ScalingError
 
-__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "NotAMatrix", "NotExpressible", "NotReady", "NotShardable"]
+__all__ = ["AlreadyCompiled", "BadGradient", "BadOption", "BadState", "NotAMatrix", "NotExpressible", "NotReady", "NotShardable"]
 
 
 class AlreadyCompiled(ScalingError):
@@ -33,6 +33,13 @@ class BadGradient(ScalingError, RuntimeError):
     def __init__(self, names: Iterable[str], what: str, cure: str) -> None:
         self.names = tuple(names)
         super().__init__(f"{what} gradient of {', '.join(self.names)}\n  {cure}")
+
+
+class BadState(ScalingError, ValueError):
+    """A state dict that is not of this optimizer."""
+
+    def __init__(self, what: str, cure: str) -> None:
+        super().__init__(f"{what}\n  {cure}; nothing has been loaded")
 
 
 class NotAMatrix(ScalingError, ValueError):

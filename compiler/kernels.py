@@ -305,7 +305,7 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 @lru_cache(maxsize=4096)
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     made = torch.tensor(numbers, dtype=torch.int64)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made  # a copy nobody waits for
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)  # a copy nobody waits for
 
 
 def _addresses(matrices: Sequence[Tensor]) -> Tensor:

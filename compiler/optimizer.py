@@ -17,19 +17,23 @@ from torch.optim import Optimizer
 from compiler.bits import LOW
 from compiler.blocks import block_view, covers, matrices
 from compiler.distributed import Plan, Weight
-from compiler.errors import BadGradient, NotReady
+from compiler.errors import BadGradient, BadOption, NotReady
 from compiler.exchange import Traffic
 from compiler.fused import Bounds, batches, fits
 from compiler.gradients import Ready, over_any, read, watched
 from compiler.kernels import table
+from compiler.loading import check_state, exactly
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
-from compiler.options import NEW_OPTIONS, check_group
+from compiler.options import NEW_OPTIONS, SCHEDULED, check_group, check_names, check_options, check_scheduled, in_plain_numbers
 from compiler.pieces import Lane, Piece, advance, directions, lanes, subtract_, write_
 from compiler.prepared import Prepared, layout_of
 from compiler.shards import local, placements
 from compiler.updates import buffers_of, largest_gradient
 
 __all__ = ["SpectralOptimizer"]
+
+CHECKED = tuple(name for name in NEW_OPTIONS if name not in SCHEDULED)
+"""What is looked at again once it is another."""
 
 LOOKS = "looks"
 """How often SN has looked at a weight, up to WARM; kept by the host."""
@@ -118,6 +122,7 @@ class SpectralOptimizer(Optimizer):
     _unread: dict[tuple[int, ...], Tensor]
     _bounds: Bounds
     _prepared: Prepared | None
+    _checked: dict[int, tuple[Any, ...]]
 
     def __init__(
         self,
@@ -146,7 +151,7 @@ class SpectralOptimizer(Optimizer):
             "map": map,
             "weight_decay": weight_decay,
             "momentum": momentum,
-            "betas": tuple(betas),
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "eps": eps,
             "maximize": maximize,
             "clip": clip,
@@ -159,13 +164,13 @@ class SpectralOptimizer(Optimizer):
             "workspace": workspace,
         }
         self.traffic, self._skips, self._unread, self._bounds = Traffic(), {}, {}, {}
-        self.process_group, self._plan, self._prepared = process_group, None, None
+        self.process_group, self._plan, self._prepared, self._checked = process_group, None, None, {}
         super().__init__(params, {"lr": lr, **NEW_OPTIONS, **given})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("traffic", Traffic())
-        self._bounds, self._prepared = {}, None
+        self._bounds, self._prepared, self._checked = {}, None, {}
         for name, empty in (("_skips", {}), ("_unread", {}), ("process_group", None), ("_plan", None)):
             self.__dict__.setdefault(name, empty)
         for name, default in NEW_OPTIONS.items():
@@ -174,34 +179,52 @@ class SpectralOptimizer(Optimizer):
                 group.setdefault(name, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state, as in torch, each tensor in the dtype it was saved in."""
-        super().load_state_dict(state_dict)
-        weights = [W for group in self.param_groups for W in group["params"]]
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, W in zip(saved, weights, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                now = self.state[W].get(name)
-                if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
-                    self.state[W][name] = value.to(now.device)  # torch has cast it to the weight's dtype
+        """Load the state, as in torch, each tensor in the dtype it was saved in, and none that shares memory with what is given.
+
+        Raises:
+            BadState: for the state of another class, or of weights of other shapes or in another order.
+            BadOption, UnknownName, NotAMatrix: for options that make no sense here. Nothing has been loaded then.
+        """
+        given: dict[str, Any] = {}
+
+        def check(_: Optimizer, changed: dict[str, Any]) -> None:
+            given.update(changed)  # by other hooks, which have run before this one
+            check_state(changed, self.param_groups)
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: exactly(given, self.param_groups, self.state), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; refused as a whole if an option of it makes no sense.
 
         Raises:
-            BadOption: for an option out of range.
-            UnknownName: for an unknown name.
+            BadOption: for an option out of range, or a weight that is in the group twice.
+            UnknownName: for an unknown name, a misspelt option or one of torch's that this optimizer does not have.
             NotAMatrix: for a weight under a map that is not a matrix.
         """
         groups = len(self.param_groups)
+        check_names(param_group)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_group(self.param_groups[-1])
+            check_group(group)
+            if len(set(group["params"])) < len(group["params"]):
+                names = group.get("param_names", [tuple(W.shape) for W in group["params"]])
+                raise BadOption("params", names, "one weight is among them twice, and would be stepped twice")
         except Exception:
             del self.param_groups[groups:]
             raise
-        for name in ("lr", "weight_decay"):
-            if isinstance(param_group[name], Tensor):
-                param_group[name] = param_group[name].clone()  # schedulers write it in place, group by group
+        group.update(in_plain_numbers(group))
+        if group["blocks"] and any(in_plain_numbers(block) for block in group["blocks"]):
+            group["blocks"] = [{**block, **in_plain_numbers(block)} for block in group["blocks"]]
+        for name in SCHEDULED:
+            if isinstance(group[name], Tensor):
+                group[name] = group[name].detach().clone()  # schedulers write it in place, group by group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -210,13 +233,15 @@ class SpectralOptimizer(Optimizer):
         Weights without a gradient are left alone.
 
         Raises:
-            BadGradient: for sparse gradients; with nonfinite="raise" for NaN or Inf. Nothing has been changed then.
+            BadGradient: for sparse gradients; with nonfinite="raise" for NaN or Inf.
+            BadOption, UnknownName: for an option that was changed to what makes no sense, as an lr below 0. Nothing has been changed then.
             NotReady: if a CUDA graph is captured before a first step has made the state.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_changes()
         plan = self.plan()
         ready = self._ready(plan)
         rest = self._as_before(ready) if plan is None else ready
@@ -255,6 +280,17 @@ class SpectralOptimizer(Optimizer):
         if self._plan is None or not self._plan.fits(weights):
             self._plan = Plan(weights, self.process_group)
         return self._plan
+
+    def _check_changes(self) -> None:
+        """Look at the options that were written since the last step."""
+        if torch.compiler.is_compiling():
+            return
+        for number, group in enumerate(self.param_groups):
+            check_scheduled(group)
+            options = tuple(group[name] for name in CHECKED)
+            if self._checked.get(number) != options:
+                check_options(group)
+                self._checked[number] = options
 
     def _entries(self) -> list[Ready]:
         """All weights."""
@@ -443,6 +479,8 @@ class SpectralOptimizer(Optimizer):
             self._attach(entry)
             W, state = entry.W, entry.state
             wanted = [*names, LOW] if _kept(W, entry.group) else names
+            if LOW not in wanted:
+                state.pop(LOW, None)  # the weight has become fp32, or is no longer kept to it
             for name in wanted:
                 if name not in state:
                     _refuse_capture()
@@ -464,7 +502,7 @@ def _set_steps(entries: list[Ready]) -> None:
 def _number(entry: Ready, value: float | Tensor) -> float | Tensor:
     """A number the host may know, or a 0-d tensor it may not read."""
     if not isinstance(value, Tensor):
-        return value
+        return float(value)
     readable = not entry.unread or (value.device.type == "cpu" and entry.W.device.type != "cpu" and not entry.group["capturable"])
     return value.item() if readable else value.reshape(())
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from compiler.shards import sharding_of
 from compiler.updates import UPDATES
 from scaling.errors import UnknownName
 
-__all__ = ["NEW_OPTIONS", "check_group"]
+__all__ = ["NEW_OPTIONS", "SCHEDULED", "check_group", "check_names", "check_options", "check_scheduled", "in_plain_numbers"]
 
 NEW_OPTIONS: dict[str, Any] = {
     "update": "momentum",
@@ -68,6 +72,14 @@ CHOICES: dict[str, Iterable[Any]] = {
     "travel": TRAVEL,
 }
 
+SWITCHES = ("strict", "maximize", "capturable", "master")
+
+SCHEDULED = ("lr", "weight_decay")
+"""What a schedule writes, and may be a tensor."""
+
+WHOLE = ("nonfinite", "maximize", "capturable", "master", "workspace", "blocks")
+"""Options of a weight that no block has for itself."""
+
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse a parameter group that makes no sense.
@@ -78,12 +90,14 @@ def check_group(group: dict[str, Any]) -> None:
         NotAMatrix: for a weight under a map that is not a matrix, or not real.
         NotShardable: for a weight that lies over ranks in a way that is not supported.
     """
-    for block in group["blocks"] or ({},):
-        _check_options({**group, **block})
+    check_options(group)
+    for name in SCHEDULED:
+        if isinstance(group[name], Tensor):
+            _check_range(name, float(group[name].detach()))
     names = group.get("param_names", [f"number {i} of its group" for i in range(len(group["params"]))])
     for name, W in zip(names, group["params"], strict=True):
-        if not W.is_floating_point():
-            raise NotAMatrix(W.shape, f"weight {name}, {W.dtype},", "only real floating point weights can be updated")
+        if not W.is_floating_point() or torch.finfo(W.dtype).bits < 16:
+            raise NotAMatrix(W.shape, f"weight {name}, {W.dtype},", "only real floating point weights of 16 bits or more can be updated")
         if group["master"] and W.dtype == torch.float16:
             raise BadOption("master", group["master"], f"weight {name} is fp16: keep it in fp32 under autocast, or in bf16")
         if group["blocks"] is not None or group["map"] is not None:
@@ -98,20 +112,71 @@ def check_group(group: dict[str, Any]) -> None:
             _check_blocks(name, group["blocks"], W)
 
 
-def _check_options(o: dict[str, Any]) -> None:
+def check_options(group: dict[str, Any]) -> None:
+    """Refuse options, of a group or a block of it, that make no sense; what a tensor holds is not asked.
+
+    Raises:
+        BadOption: for an option out of range.
+        UnknownName: for an unknown name.
+    """
+    for block in group["blocks"] or ({},):
+        for key in block:
+            if key != "axes" and (key not in ("lr", *NEW_OPTIONS) or key in WHOLE):
+                raise UnknownName("option of a block", key, ["axes", "lr", *(name for name in NEW_OPTIONS if name not in WHOLE)])
+        _check_values({**group, **block})
+
+
+def check_scheduled(group: dict[str, Any]) -> None:
+    """Refuse an lr or weight decay that a schedule has written and that makes no sense; what a tensor holds is not asked."""
+    for name in SCHEDULED:
+        if not isinstance(group[name], Tensor):
+            _check_range(name, group[name])
+
+
+def check_names(group: dict[str, Any]) -> None:
+    """Refuse a misspelt option, or one that only torch's optimizers have; a group may hold what else its owner likes.
+
+    Raises:
+        UnknownName: for such a name.
+    """
+    known = ["lr", *NEW_OPTIONS]
+    for key in group:
+        if key not in (*known, "params", "param_names") and (key in _torchs_options() or get_close_matches(key, known, cutoff=0.85)):
+            raise UnknownName("option", key, known)
+
+
+@cache
+def _torchs_options() -> frozenset[str]:
+    classes = [value for value in vars(torch.optim).values() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)]
+    return frozenset(name for cls in classes for name in inspect.signature(cls).parameters)
+
+
+def in_plain_numbers(o: dict[str, Any]) -> dict[str, Any]:
+    """The options that are numbers of another kind (numpy's, sympy's), as floats: a checkpoint should load without these packages."""
+    return {name: float(o[name]) for name in RANGES if name in o and type(o[name]) not in (int, float) and not isinstance(o[name], Tensor)}
+
+
+def _check_values(o: dict[str, Any]) -> None:
     for name, known in CHOICES.items():
-        if o[name] not in known:
+        if o[name] not in tuple(known):
             raise UnknownName(name, o[name], [str(x) for x in known])
-    for name in ("lr", "weight_decay"):
-        if isinstance(o[name], Tensor) and o[name].numel() != 1:
+    for name in SWITCHES:
+        if not isinstance(o[name], int) or o[name] not in (0, 1):
+            raise BadOption(name, o[name], "True or False")
+    for name in RANGES:
+        if name not in SCHEDULED or not isinstance(o[name], Tensor):
+            _check_range(name, o[name])
+        elif o[name].numel() != 1:
             raise BadOption(name, o[name], f"a tensor {name} has one element")
-    for name, (low, high) in RANGES.items():
-        if isinstance(o[name], str) or not low <= float(o[name]) < high:  # as YAML reads 1e-3
-            raise BadOption(
-                name, o[name], f"a finite number of at least {low:g}" if high == math.inf else f"a number in [{low:g}, {high:g})"
-            )
-    if len(o["betas"]) != 2 or not all(0 <= beta < 1 for beta in o["betas"]):
-        raise BadOption("betas", o["betas"], "two numbers in [0, 1)")
+    betas = o["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas):  # pyright: ignore[reportOperatorIssue]
+        raise BadOption("betas", betas, "two numbers in [0, 1)")
+
+
+def _check_range(name: str, value: Any) -> None:
+    low, high = RANGES[name]
+    if not isinstance(value, Real) or not low <= float(value) < high:
+        raise BadOption(name, value, f"a finite number of at least {low:g}" if high == math.inf else f"a number in [{low:g}, {high:g})")
 
 
 def _check_blocks(name: str, blocks: list[dict[str, Any]], W: Tensor) -> None:
