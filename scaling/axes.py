@@ -7,7 +7,7 @@ and only used to find where a product or a sum divides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -39,6 +39,20 @@ Dim = tuple[Atom, ...]
 class Segment:
     """The part [start, stop) of an atom."""
 
+    start: Size
+    stop: Size
+    dim: Dim
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A few entries [start, stop) of an axis that is used as a whole too (a gate's twelve features): `dim` is their own axis.
+
+    They are too few to count among d, so they do not cut the axis. `node` takes them.
+    """
+
+    node: fx.Node
+    source: Dim
     start: Size
     stop: Size
     dim: Dim
@@ -81,15 +95,20 @@ def _at_most(a: Size, b: Size) -> bool:
 
 
 class Axes:
-    """The axes of every value of one graph. `conflicts` lists joins that the sizes forbade: each is left undone."""
+    """The axes of every value of one graph. `conflicts` lists joins that the sizes forbade: each is left undone.
 
-    def __init__(self, widths: int) -> None:
+    Of the values `data` a few entries may be a sample, of all others (weights) any entries are a part. `samples` is final after `settle`.
+    """
+
+    def __init__(self, widths: int, data: Collection[fx.Node] = ()) -> None:
         self.widths = widths
+        self.data = data
         self.one: Size = (1,) * widths
         self.zero: Size = (0,) * widths
         self.dims: dict[fx.Node, tuple[Dim, ...]] = {}
         self.conflicts: list[str] = []
         self.joined_cats: list[Atom] = []
+        self.samples: list[Sample] = []
 
     # atoms
 
@@ -202,6 +221,43 @@ class Axes:
         whole = Atom(_minus(stop, start), facts=set(atom.facts))
         whole.segments = [Segment(_minus(p.start, start), _minus(p.stop, start), p.dim) for p in pieces]
         return (whole,)
+
+    def take(self, node: fx.Node, dim: Dim, start: Size, stop: Size) -> Dim:
+        """The part [start, stop) of an axis that `node` takes of its input: a sample, until `settle` says else, if it is of few entries."""
+        if node.all_input_nodes[0] not in self.data or not self._few(dim, start, stop):
+            return self.segment(dim, start, stop)
+        taken = self.fresh(_minus(stop, start), *(fact for atom in self.leaves(dim) for fact in atom.facts))
+        self.samples.append(Sample(node, dim, start, stop, taken))
+        return taken
+
+    def _few(self, dim: Dim, start: Size, stop: Size) -> bool:
+        """Whether a part is as long at every width while the axis is not; at one width a guess: whether it is less than half of it."""
+        length, size = _minus(stop, start), self.size(dim)
+        return _below(_plus(length, length), size) if self.widths == 1 else len(set(length)) == 1 < len(set(size))
+
+    def settle(self) -> None:
+        """Cuts axes at what is no sample: all that fills a gap between cuts (x[:, :12] beside x[:, 12:]), or where none reads the whole.
+
+        To be called when the facts are marked.
+        """
+        by_axis: dict[Dim, list[Sample]] = {}
+        for sample in self.samples:
+            by_axis.setdefault(self.resolve(sample.source), []).append(sample)
+        self.samples = []
+        for dim, samples in by_axis.items():
+            read = any(atom.facts & {"summed", "dot"} for atom in self.leaves(dim))
+            ends = {self.zero, self.size(dim), *(end for atom in dim[:1] for piece in atom.segments for end in (piece.start, piece.stop))}
+            starts, stops = set(ends), set(ends)  # where a row of samples can begin, and where one can end
+            for sample in sorted(samples, key=lambda sample: sample.start):
+                starts |= {sample.stop} if sample.start in starts else set()
+            for sample in sorted(samples, key=lambda sample: sample.stop, reverse=True):
+                stops |= {sample.start} if sample.stop in stops else set()
+            for sample in samples:
+                if read and not (sample.start in starts and sample.stop in stops):
+                    self.mark(sample.dim, "sample")
+                    self.samples.append(sample)
+                else:
+                    self.join(self.segment(dim, sample.start, sample.stop), sample.dim)
 
     def _cut(self, atom: Atom, at: Size) -> bool:
         """Makes `at` a boundary between segments of the atom."""

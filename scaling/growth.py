@@ -34,6 +34,7 @@ ANCHORS = {
     "bank": "a number of separate maps",
     "repeated": "a number of repeats",
     "parts": "a number of parts put together",
+    "sample": "a few entries of an axis",
     "classes": "classes of a loss",
 }
 

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -594,12 +594,12 @@ def take_slice(call: Call, axes: Axes) -> None:
     """x[start:end:step] of one axis: a segment of it."""
     dims = list(_input(call, axes))
     which = (call.get("dim") or 0) % len(dims)
-    dims[which] = _part(call, axes, dims[which], call.shape[which])
+    dims[which] = _part(call, axes, dims[which], call.shape[which], partial(axes.take, call.node))
     axes.dims[call.node] = tuple(dims)
 
 
-def _part(call: Call, axes: Axes, dim: Dim, length: Size) -> Dim:
-    """What [start:end:step] takes of an axis."""
+def _part(call: Call, axes: Axes, dim: Dim, length: Size, take: Callable[[Dim, Size, Size], Dim]) -> Dim:
+    """What [start:end:step] takes of an axis; `take` does where the step is 1."""
     size = axes.size(dim)
     if call.name == "aten.narrow":
         start = tuple(call.over_widths("start"))
@@ -609,7 +609,7 @@ def _part(call: Call, axes: Axes, dim: Dim, length: Size) -> Dim:
         stop = tuple(_clamp(n if e is None else e, n) for e, n in zip(call.over_widths("end"), size, strict=True))
     if any(step != 1 for step in call.arguments.get("step", (1,))):
         return _strided(axes, dim, call.over_widths("step"), length)
-    return axes.segment(dim, start, stop)
+    return take(dim, start, stop)
 
 
 def place(call: Call, axes: Axes) -> None:
@@ -621,7 +621,7 @@ def place(call: Call, axes: Axes) -> None:
         axes.mark(dims[which], "indexed")
         part.insert(which, ())
     elif part and len(part) == len(dims):
-        axes.join(_part(call, axes, dims[which], axes.size(part[which])), part[which])
+        axes.join(_part(call, axes, dims[which], axes.size(part[which]), axes.segment), part[which])
     for i, (a, b) in enumerate(zip(dims, part, strict=False)):
         if i != which and b and axes.size(a) == axes.size(b):
             axes.join(a, b)

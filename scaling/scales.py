@@ -22,7 +22,7 @@ from scaling.operators import rule_of
 from scaling.records import Contraction, WeightRule
 from scaling.uses import Dot, WeightUse
 
-__all__ = ["Scales", "few_normalized", "grown_outputs", "scales_of"]
+__all__ = ["Scales", "few_normalized", "few_taken", "grown_outputs", "scales_of"]
 
 ONE = sympy.Integer(1)
 
@@ -251,3 +251,24 @@ def few_normalized(graph: LayerGraph, growth: Growth, uses: list[WeightUse], rul
             "gradient √d larger than without it, which no rule mends; normalize before the map, or let the number of its outputs grow"
         ] = None
     return tuple(found)
+
+
+# gates that read a few features
+
+
+def few_taken(graph: LayerGraph, growth: Growth) -> tuple[str, ...]:
+    """Notes on the few entries of a growing axis that something reads beside the whole: the rules are those of the axis.
+
+    They are few among d, but what they feed (a gate of all features) sends each of them a gradient that does not fall with d as the other
+    entries' does. An update that does not see the size of a gradient stays Θ(1); SGD's grows.
+    """
+    found: dict[str, None] = {}
+    for sample in growth.axes.samples:
+        if growth.grows(sample.source) and not growth.grows(sample.dim):
+            line = graph.calls[sample.node].source.model_copy(update={"module": ""})  # the same in every layer
+            found[f"{growth.of(sample.dim)} of {growth.of(sample.source)} features are taken at {line}"] = None
+    return tuple(
+        f"{what}: too few to have rules of their own. Their gradient is larger than that of the others: Adam does not see it,"
+        " under SGD their change grows with the width (flow(table, 'sgd') says how)"
+        for what in found
+    )

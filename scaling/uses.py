@@ -62,7 +62,7 @@ class Dot:
 
 def joined_axes(graph: LayerGraph) -> tuple[Axes, tuple[str, ...]]:
     """The axes of every value, joined through every operator; and the operators on data that have no rule."""
-    axes = Axes(len(graph.recordings))
+    axes = Axes(len(graph.recordings), graph.data)
     without: dict[str, None] = {}
     for node, call in graph.calls.items():
         if node.op == "placeholder":
@@ -101,6 +101,7 @@ def uses_of(graph: LayerGraph, axes: Axes) -> tuple[list[WeightUse], list[Dot]]:
     uses += _returned(graph, {use.weight for use in uses})
     for dot in dots:
         axes.mark(dot.dim, "dot")
+    axes.settle()
     return _with_a_gradient(graph, uses), [dot for dot in dots if dot.call.node in graph.live]
 
 

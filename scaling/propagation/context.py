@@ -65,9 +65,12 @@ class Context:
         return sum((self.order(dim) for dim in self.dims(node)), ZERO)
 
     def extent(self, dim: Dim, start: int, stop: int) -> Fraction:
-        """The power of d in the length of a part [start, stop), at the first width, of an axis: that of the segments it is made of."""
+        """The power of d in the length of a part [start, stop), at the first width, of an axis: that of what it is made of."""
         axes = self.growth.axes
         resolved = axes.resolve(dim)
+        few = [s for s in axes.samples if axes.resolve(s.source) == resolved]
+        if few and all(any(s.start[0] <= at < s.stop[0] for s in few) for at in range(start, stop)):
+            return max(self.order(s.dim) for s in few)
         if len(resolved) == 1 and resolved[0].segments:
             inside = [s for s in resolved[0].segments if start <= s.start[0] and s.stop[0] <= stop]
             if inside:
