@@ -598,18 +598,30 @@ def _all_written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
 
 
 def _source(module: str) -> Source:
+    """The innermost line of the module's own code; a helper of another installed package (einops) is passed over for its caller."""
     frame: FrameType | None = sys._getframe(1)
+    inside: list[FrameType] = []
     fallback: tuple[str, int] | None = None
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file == __file__ and frame.f_code.co_name == "_run":
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if (file == __file__ and name == "_run") or (inside and file.startswith(_TORCH) and name == "_call_impl"):
             break
-        if not file.startswith((_TORCH, _HERE)) and not file.startswith("<"):
-            return _line(file, frame.f_lineno, module)
-        if fallback is None and file.startswith(_TORCH) and "/nn/" in file and frame.f_code.co_name != "_call_impl":
+        if not file.startswith((_TORCH, _HERE, "<")):
+            inside.append(frame)
+        elif not inside and fallback is None and file.startswith(_TORCH) and "/nn/" in file and name != "_call_impl":
             fallback = (file, frame.f_lineno)
         frame = frame.f_back
-    return _line(*(fallback or ("<model>", 0)), module)
+    if not inside:
+        return _line(*(fallback or ("<model>", 0)), module)
+    forward = next((frame for frame in reversed(inside) if frame.f_code.co_name == "forward"), inside[-1])
+    own = next(frame for frame in inside if _package(frame) == _package(forward))
+    return _line(own.f_code.co_filename, own.f_lineno, module)
+
+
+def _package(frame: FrameType) -> str:
+    """The installed package of a frame's file; "" for the user's own files."""
+    _, installed, path = frame.f_code.co_filename.rpartition(f"site-packages{os.sep}")
+    return path.partition(os.sep)[0] if installed else ""
 
 
 def _line(file: str, line: int, module: str) -> Source:

@@ -44,7 +44,8 @@ class Finding(Record):
 
     @property
     def _place(self) -> str:
-        return f"    {', '.join(fold(self.weights))}" + (f"\n        at {self.where}" if self.where else "")
+        lines = [f"    {', '.join(fold(self.weights))}"] if self.weights else []
+        return "\n".join([*lines, *([f"        at {self.where}"] if self.where else [])])
 
 
 class LintReport(Saved):

@@ -122,14 +122,14 @@ def _check(models: dict[int, list[nn.Module]]) -> None:
 
 
 def _gathered(findings: Iterator[Finding]) -> tuple[Finding, ...]:
-    """Findings that say the same of several weights, as one; errors first."""
+    """Findings that say the same of several weights, as one; errors first. Those of no weight are kept apart by their lines."""
     groups: dict[tuple, list[Finding]] = {}
     for one in findings:
-        groups.setdefault((one.kind, one.severity, one.what, one.found, one.expected, one.fix, *map(template, one.weights)), []).append(one)
+        places = map(template, one.weights) if one.weights else [one.where and (one.where.file, one.where.line)]
+        groups.setdefault((one.kind, one.severity, one.what, one.found, one.expected, one.fix, *places), []).append(one)
     merged = [
-        first.model_copy(update={"weights": tuple(dict.fromkeys(name for one in ones for name in one.weights))})
-        for first, *_ in groups.values()
-        for ones in [groups[first.kind, first.severity, first.what, first.found, first.expected, first.fix, *map(template, first.weights)]]
+        ones[0].model_copy(update={"weights": tuple(dict.fromkeys(name for one in ones for name in one.weights))})
+        for ones in groups.values()
     ]
     return tuple(sorted(merged, key=lambda one: ("error", "warning", "note").index(one.severity)))
 
@@ -159,7 +159,7 @@ class _Part:
     @property
     def matrix(self) -> bool:
         """Whether it is updated as a whole, so that lr is meant for its norm."""
-        return self.degree == 0 and not self.updates[0].by_rows
+        return self.degree == 0 and not self.updates[0].apart
 
     def scale(self, folded: sympy.Expr) -> sympy.Expr:
         """multiplier·init_std as wanted."""
@@ -280,7 +280,8 @@ class _Linter:
         seen: set[tuple[str, str]] = set()
         for part in self._parts(rule):
             folded = _folded(part, unfolded)
-            for finding in (*self._mean(part), *self._invariants(part, folded)):
+            found = self._later(part) if part.later else (*self._mean(part), *self._invariants(part, folded))
+            for finding in found:
                 if (finding.kind, finding.found) not in seen:
                     seen.add((finding.kind, finding.found))
                     yield finding
@@ -340,7 +341,9 @@ class _Linter:
         multiplier = 0.0
         if off_rate and abs(limit) > noise and abs(rate - shift * limit) <= TOLERANCE * shift + self._noise(part):
             multiplier = _nearest(limit)
-            yield self._multiplier(part, multiplier, shift)
+            instead = f"its init by {_factor(-multiplier)} and its lr by {_factor(-shift * multiplier)}"
+            fix = f"multiply what it makes here by {_factor(-multiplier)}, or {instead}"
+            yield self._multiplier(part, f"forward multiplier of {_a(part)}", multiplier, fix)
             off_rate = False
         elif abs(scale := _fitting((limit, finite), noise)) > noise:
             yield self._init(part, scale)
@@ -349,12 +352,15 @@ class _Linter:
         yield from self._decay(part, _nearest(rate) if off_rate and not _chosen(part, rate) else 0.0)
         yield from self._epsilon(part, multiplier, folded)
 
-    def _multiplier(self, part: _Part, power: float, shift: float) -> Finding:
+    def _later(self, part: _Part) -> Iterator[Finding]:
+        """A tied weight's later use: init and lr are judged at, and bound by, the first one; what is left is what derive multiplies by."""
+        power = float(exponent(part.ratio))
+        if abs(power) > TOLERANCE:
+            what, fix = "forward multiplier of a tied weight, at its later use,", f"multiply what it makes here by {_factor(power)}"
+            yield self._multiplier(part, what, -power, fix)
+
+    def _multiplier(self, part: _Part, what: str, power: float, fix: str) -> Finding:
         own = slope(self.widths, part.numbers) if len(set(part.numbers)) > 1 else 0.0
-        what, instead = f"forward multiplier of {_a(part)}", f", or its init by {_factor(-power)} and its lr by {_factor(-shift * power)}"
-        if part.later:  # init and lr are bound by the other use
-            what, instead = "forward multiplier of a tied weight, at its later use,", ""
-        fix = f"multiply what it makes here by {_factor(-power)}{instead}"
         return _finding(part, "multiplier", what, _power(own), _power(own - power), -power, fix)
 
     def _init(self, part: _Part, power: float) -> Finding:

@@ -39,8 +39,8 @@ DECADES = 16
 class Response:
     """How one block of a weight is updated at one width.
 
-    `rate`: RMS entry of the update where the gradient's entries are ±1, continued by `degree` from larger ones. `by_rows`: whether each
-    index of the first axis is updated by itself. `eps`: the size of gradient entries whose update is halved, 0 if none was seen.
+    `rate`: RMS entry of the update where the gradient's entries are ±1, continued by `degree` from larger ones. `apart`: whether each
+    index of some axis (row, column) is updated by itself. `eps`: the size of gradient entries whose update is halved, 0 if none was seen.
     `decay`: the fraction of the weight decayed per step; `coupled`: whether lr multiplies it; `l2`: whether it instead goes through what
     is done to the gradient.
     """
@@ -48,7 +48,7 @@ class Response:
     optimizer: str
     degree: sympy.Expr
     rate: float
-    by_rows: bool
+    apart: bool
     eps: float
     decay: float
     coupled: bool
@@ -182,7 +182,7 @@ class _Trial:
             optimizer=optimizer,
             degree=degree,
             rate=large / LARGE ** float(degree) * beside,
-            by_rows=degree != 0 or _by_rows(self.spread, kept),
+            apart=degree != 0 or _apart(self.spread, kept),
             eps=eps,
             decay=decay * (beside if coupled else 1.0),
             coupled=coupled,
@@ -220,12 +220,18 @@ def _eps(gradient: Tensor, update: Tensor, full: float) -> float:
     return float(low.max()) if len(low) else 0.0
 
 
-def _by_rows(move: _Move, kept: float) -> bool:
+def _apart(move: _Move, kept: float) -> bool:
+    """Whether the indices of an axis whose gradients are of many sizes are all moved as far."""
     if move.change.ndim < 2:
         return True
-    gradient, change = (values.flatten(1).norm(dim=1) for values in (move.gradient, move.change + kept * move.before))
-    rows = change[gradient >= 1e-3 * gradient.max()]
-    return bool(rows.min() > 0.5 * rows.max())
+    change = move.change + kept * move.before
+    return any(_alike(move.gradient.movedim(axis, 0), change.movedim(axis, 0)) for axis, n in enumerate(change.shape) if n > 1)
+
+
+def _alike(gradient: Tensor, change: Tensor) -> bool:
+    sizes, moved = (values.flatten(1).norm(dim=1) for values in (gradient, change))
+    moved = moved[sizes >= 1e-3 * sizes.max()]
+    return len(moved) > 1 and bool(moved.min() > 0.5 * moved.max())
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One run of any model becomes one graph: whatever Python its forward is, and nothing of the model changes."""
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -150,6 +151,44 @@ def test_every_node_knows_the_users_line_and_its_module():
     assert all(node.meta["source"].file.endswith("models.py") for node in linear)
     assert linear[0].meta["source"].code == "q, k, v = self.c_attn(x).split(C, dim=2)"
     assert "models.py" in linear[0].meta["stack_trace"]
+
+
+HELPER = """
+import torch
+
+
+def product(x, weight):
+    return x @ weight.T
+
+
+class Installed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(32, 8))
+
+    def forward(self, x):
+        return product(x, self.weight)
+"""
+
+
+class Helped(nn.Module):
+    def __init__(self, helper):
+        super().__init__()
+        self.inp, self.weight, self.helper = helper.Installed(), nn.Parameter(torch.randn(4, 32)), [helper]
+
+    def forward(self, x):
+        return self.helper[0].product(self.inp(x), self.weight)
+
+
+def test_a_helper_of_an_installed_package_is_passed_over_for_the_line_that_calls_it(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "helper_of_shapes"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(HELPER)
+    monkeypatch.syspath_prepend(str(package.parent))
+    model = Helped(importlib.import_module("helper_of_shapes"))
+    table = derive(model, torch.randn(2, 8))
+    assert table["weight"].uses[0].source.code == "return self.helper[0].product(self.inp(x), self.weight)"
+    assert table["inp.weight"].uses[0].source.code == "return x @ weight.T", "the module's own package"
 
 
 def test_composite_operators_stay_whole_and_tied_weights_are_one_node():

@@ -461,6 +461,66 @@ def test_a_bare_tie_lacks_the_readout_multiplier_on_its_later_use():
     assert "self.head" in finding.where.code
 
 
+def test_at_a_later_use_of_a_tie_only_the_multiplier_is_judged():
+    """KellerJordan/modded-nanogpt 2024-10-10: a tied head, with the init 1/√d of nn.Linear."""
+
+    def build(d):
+        model, optimizer = nano(tie=True, without={"readout multiplier"})(d)
+        nn.init.normal_(model.wte.weight, std=d**-0.5)
+        return model, optimizer
+
+    found = {(f.kind, f.factor, f.where.code) for f in lint(build, TOKENS).faults}
+    embedding, head = (
+        "x = self.wte(idx) * self.embed + self.wpe(torch.arange(idx.shape[1])) * self.embed",
+        "return self.head(self.ln_f(x)) * self.readout",
+    )
+    assert found == {("init", ROOT, embedding), ("multiplier", 1 / D, head)}
+
+
+class Normed(nn.Module):
+    """Two attentions in which a norm without weights ends q and k, as in cloneofsimo/minRF."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.stem, self.qkv, self.out = nn.Linear(16, d), nn.Linear(d, 3 * d), nn.Linear(d, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:]), v)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(x + F.scaled_dot_product_attention(F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]), v))
+
+
+def test_findings_of_no_weight_are_told_apart_by_their_lines():
+    def build(d):
+        model = Normed(d)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    report = lint(build, torch.randn(2, 3, 16), (32, 64, 128))
+    found = [f for f in report.findings if f.kind == "attention"]
+    assert [f.weights for f in found] == [(), ()]
+    assert [norm in f.where.code for f, norm in zip(found, ("layer_norm", "rms_norm"), strict=True)] == [True, True]
+    assert all(f.where.code in str(report) for f in found)
+    assert not any(line.isspace() or not line for line in str(report).splitlines())
+
+
+def test_an_embedding_normalised_column_by_column_is_not_updated_as_one_matrix():
+    """LIONS-EPFL/scion, RowNorm(transpose=True): each feature by its norm over the vocabulary, which is finite."""
+
+    class Columns(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for W in self.param_groups[0]["params"]:
+                W.data.sub_(W.grad / W.grad.norm(dim=0, keepdim=True), alpha=self.param_groups[0]["lr"])
+
+    def build(d):
+        model, optimizer = nano(decay=0)(d)
+        groups = [{**group, "params": [w for w in group["params"] if w is not model.wte.weight]} for group in optimizer.param_groups]
+        return model, [torch.optim.AdamW(groups), Columns([model.wte.weight], {"lr": 0.1})]
+
+    assert lint(build, TOKENS).findings == ()
+
+
 def test_l2_inside_adam_is_found():
     report = lint(nano(optimizer=torch.optim.Adam), TOKENS)
     assert {f.kind for f in report.findings} == {"weight_decay"}

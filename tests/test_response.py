@@ -129,9 +129,9 @@ def test_the_degree_is_that_of_the_update_in_the_gradient(name, table):
 
 
 def test_an_update_of_a_matrix_as_a_whole_is_told_from_one_row_by_row(table):
-    by_rows = {name: seen(make, table)["hidden.weight"].by_rows for name, (make, degree) in DEGREES.items() if degree == 0}
-    assert {name for name, value in by_rows.items() if not value} == {"LARS", "msign"}
-    assert seen(lambda p: Plain(p, rows), table)["wte.weight"].by_rows
+    apart = {name: seen(make, table)["hidden.weight"].apart for name, (make, degree) in DEGREES.items() if degree == 0}
+    assert {name for name, value in apart.items() if not value} == {"LARS", "msign"}
+    assert seen(lambda p: Plain(p, rows), table)["wte.weight"].apart
 
 
 @pytest.mark.parametrize(
