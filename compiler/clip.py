@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     """Scale all gradients of an optimizer so that their natural norm is at most `max_norm`.
 
     The norm is √Σ_b c_b·‖G_b‖_F² over the blocks b of all weights, c_b = copies·fan_out/fan_in (times the block's squared gain) the
-    SGD factor of the table, over its base value if there is a base. As ‖G_b‖_F follows 1/√c_b (THEORY 1.5), every term has
-    exponent 0 in the width, and a change of gauge leaves it alone, where torch's norm grows with √d in the default gauge
-    (THEORY P46). For one copy √c_b is ‖W‖₂ as the spectral condition wants it. Where every c_b is 1, as at base width, it is torch's.
+    SGD factor of the table, over its base value if there is a base. As ‖G_b‖_F follows 1/√c_b, every term has
+    exponent 0 in the width, and a change of gauge leaves it alone, where torch's norm grows with √d in the default gauge.
+    For one copy √c_b is ‖W‖₂ as the spectral condition wants it. Where every c_b is 1, as at base width, it is torch's.
 
     Over ranks the norm is that of the whole gradients, the same on all; they do not travel.
 
@@ -37,11 +38,13 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
         does not spoil the others; the optimizer skips that weight.
 
     Raises:
-        BadOption: for a negative or NaN max_norm.
+        BadOption: for a negative or NaN max_norm, or another optimizer, whose groups know no factors.
         BadGradient: for a sparse gradient. Nothing has been scaled then.
     """
-    if not max_norm >= 0:
+    if not isinstance(max_norm, Real) or not float(max_norm) >= 0:
         raise BadOption("max_norm", max_norm, "a number of at least 0")
+    if not all("norm_factor" in group for group in getattr(optimizer, "param_groups", [{}])):
+        raise BadOption("optimizer", type(optimizer).__name__, "a SpectralOptimizer; torch's clip_grad_norm_ serves others")
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     gradients = []
     for group in optimizer.param_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def compile(
             `init_`, then fully_shard, then compile with init=None, as the optimizer has to hold the sharded weights.
         table: from `scaling.derive`.
         optimizer: a name of `OPTIMIZERS`.
-        lr: the nominal learning rate; every group carries it, `step` applies the factors.
+        lr: the nominal learning rate, a float or a one-element tensor; every group carries it, `step` applies the factors.
         weight_decay: the fraction decayed per step is lr·weight_decay in every group, whatever its factor.
         base: None: the factors are the table's formulas. A width, a model or a function that builds one: every factor is divided
             by its value there, so that at this width model and optimizer are exactly the user's own. `init_` says how weights follow.
@@ -102,7 +103,7 @@ def compile(
         nesterov: for the optimizers that map a momentum.
         betas: of Adam.
         eps: of Adam.
-        clip: λ of "svc", times the factor √(fan_out/fan_in) that THEORY 1.4 derives.
+        clip: λ of "svc", times √(fan_out/fan_in).
         maximize: ascend.
         accuracy: of msign, see `compiler.msign`.
         strict: "sn" never exceeds spectral norm 1.
@@ -172,7 +173,7 @@ def _ratio(lr: float | Tensor, rest_lr: float | None) -> float:
         return 1.0
     if not 0 < float(lr) < float("inf"):
         raise BadOption("lr", lr, "a finite number above 0 when rest_lr is given, which is applied as a ratio to it")
-    if not 0 <= rest_lr < float("inf"):
+    if not isinstance(rest_lr, Real) or not 0 <= float(rest_lr) < float("inf"):
         raise BadOption("rest_lr", rest_lr, "a finite number of at least 0")
     return rest_lr / float(lr)
 

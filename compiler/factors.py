@@ -54,8 +54,10 @@ class Factors:
 
         Raises:
             WrongWidth: if the table's shapes are the model's, or the base model's, at no width.
-            BadOption: if base is none of the things it may be, or its depth is missing, of no use, or cannot be told.
+            BadOption: if base is none of the things it may be, or its depth is missing, of no use, or cannot be told; if table is none.
         """
+        if not isinstance(table, ScalingTable):
+            raise BadOption("table", type(table).__name__, "what derive(model) returns, as in compile(model, derive(model), ...)")
         built = base_model(base)
         width = base if built is None else table.size_of(_shapes(built), fewer=True)
         if (base is None or table.residual is None) and base_depth is not None:

@@ -37,7 +37,7 @@ def init_(
     Without `base` matrices and embeddings are drawn anew: σ and ‖W‖₂ are the table's formulas at the model's width. What it keeps:
     weights (and blocks) that are constant, times the block's `target`; all-zero rows of an embedding (padding); vectors and
     scalars with a law of their own (decay rates, position tables), whose scale has no width in it. Vectors drawn around zero
-    are biases by torch's default law U(±1/√fan_in), which shrinks with width (THEORY P25): they become zero. Frozen weights are left alone.
+    are biases by torch's default law U(±1/√fan_in), which shrinks with width: they become zero. Frozen weights are left alone.
 
     With a base model (or a function that builds one) the user's own draw stays and is rescaled, block by block, to the base
     model's measured size times the table's ratio between the two widths. With a width as `base` nothing happens at that width;

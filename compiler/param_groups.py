@@ -33,9 +33,9 @@ def param_groups(
     Args:
         model: the model the table was derived from, or the same model at another width.
         table: from `scaling.derive`.
-        family: "sgd", "adam" (AdamW and everything sign-like; not Adam(weight_decay=…), whose L2 term no factor makes right,
-            THEORY P49) or "muon" (an update of unit spectral norm; an optimizer with a shape factor of its own, as
-            torch.optim.Muon, would scale twice, THEORY P42).
+        family: "sgd", "adam" (AdamW and everything sign-like; not Adam(weight_decay=…), whose L2 term no factor makes right)
+            or "muon" (an update of unit spectral norm; an optimizer with a shape factor of its own, as
+            torch.optim.Muon, would scale twice).
         lr: nominal.
         weight_decay: nominal; the fraction decayed per step, lr·weight_decay, is the same in every group.
         eps: nominal, for "adam".

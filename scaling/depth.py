@@ -67,7 +67,7 @@ def alpha_of(depth: object) -> sympy.Rational:
         raise UnstableDepth(repr(depth), "that is no rational number")
     if alpha < HALF:
         grown = HALF - alpha
-        why = f"L independent branches add up to L^({grown}) at init, and their updates, which are aligned, to L^({1 - alpha}) (THEORY 4.1)"
+        why = f"L independent branches add up to L^({grown}) at init, and their updates, which are aligned, to L^({1 - alpha})"
         raise UnstableDepth(alpha, f"the stream is unstable for α < 1/2; {why}")
     if alpha > 1:
         raise UnstableDepth(alpha, f"branches vanish; their weights would have to move by L^({alpha - 1}) of their size in a step")
@@ -165,7 +165,7 @@ def _refuse_shared_randomness(
             why = (
                 f"every branch uses the same {names}, at {next(iter(own.values())).call.source}: their outputs are aligned at init already"
             )
-            raise UnstableDepth(alpha, f"{why}, and add up to L^({1 - alpha}) (THEORY P39)", "derive with depth=True, α = 1")
+            raise UnstableDepth(alpha, f"{why}, and add up to L^({1 - alpha})", "derive with depth=True, α = 1")
 
 
 def _scaled_streams(additions: list[Addition], flow: Flow) -> Iterator[str]:

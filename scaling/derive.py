@@ -86,6 +86,7 @@ def derive(
         CannotMakeInputs: if no inputs were given and none could be made up.
         CaptureFailed: if the model's forward raises on the inputs.
         GraphsDiffer: if the models of several widths do not run the same operators.
+        ScalingError: if they have the same shapes, or what is given is no model.
         UnsupportedOperator: if an operator without a rule consumes a weight.
         ConflictingUses: if the uses of a tied weight cannot be reconciled.
         TooManyGrowingAxes: if a weight has more than two growing axes, without `many_growing_axes`.
@@ -98,6 +99,8 @@ def derive(
             args, kwargs = model.example_inputs or (None, None)
         model = model.module()
     models = _models(model, widths, also)
+    if len(models) > 1 and all(_shapes(other) == _shapes(models[0]) for other in models):
+        raise ScalingError(_nothing_grows(type(models[0]).__name__, widths))
     graph, notes = _graph(models, args, kwargs, widths)
     axes, without_rule = joined_axes(graph)
     uses, dots = uses_of(graph, axes)
@@ -145,6 +148,18 @@ def _models(model: nn.Module | Callable[[int], nn.Module], widths: Sequence[int]
         raise ScalingError(message)
     with random_states_kept():
         return [_ready(model(width), f"the model that the function builds at width {width}") for width in widths]
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _nothing_grows(model: str, widths: Sequence[int] | None) -> str:
+    if widths is None:
+        return f"also= is a {model} of the same width, and nothing tells what grows\n  pass one that is wider, or derive(model) alone"
+    at = " and ".join(map(str, dict.fromkeys(widths)))
+    what = f"the function builds a {model} of the same shapes at widths {at}, and nothing grows"
+    return f"{what}\n  use its argument, as in lambda d: GPT(width=d)"
 
 
 def _ready(model: Any, what: str) -> nn.Module:

@@ -178,7 +178,9 @@ class WrongWidth(ScalingError):
             if shape is not None
             else f"the model has no weight '{weight}', which the table has a rule for: the table is of another model (this one has {some})"
         )
-        super().__init__(f"{what}\n  derive the table from this model, or build the model it was derived from")
+        within = next((name.removesuffix(weight) for name in self.there if name.endswith(f".{weight}")), "") if shape is None else ""
+        inner = f"a wrapper has it as '{within}{weight}': pass model.{within.removesuffix('.')}, and wrap it afterwards"
+        super().__init__(f"{what}\n  {inner if within else 'derive the table from this model, or build the model it was derived from'}")
 
 
 class CannotMeasure(ScalingError, ValueError):

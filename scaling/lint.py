@@ -66,6 +66,11 @@ def lint(
         CannotMeasure: if `build` does not return new models of these widths and their optimizers, or an optimizer cannot be stepped.
         ScalingError: what `derive` raises.
     """
+    if isinstance(build, nn.Module):
+        what = f"build is the {type(build).__name__} itself, not a function of the width"
+        raise CannotMeasure(
+            what, "pass one that builds it and its optimizer: lint(lambda d: (model, optimizer), args, widths=(64, 128, 256))"
+        )
     widths = tuple(dict.fromkeys(widths))
     if len(widths) < 2:
         what = f"widths={list(widths)} has no two widths to compare"
@@ -381,7 +386,7 @@ class _Linter:
     def _lr(self, part: _Part, power: float) -> Finding:
         own, nearest = slope(self.widths, part.rates(self.widths)), _nearest(power)
         chosen = _chosen(part, power)
-        fix = "none needed: u-muP's choice of an embedding lr (THEORY 2.4, D4)" if chosen else ""
+        fix = "none needed: u-muP's choice of an embedding lr (Blake et al. 2024, arXiv 2407.17465)" if chosen else ""
         return _finding(
             part,
             "lr",

@@ -61,7 +61,7 @@ def coordinate_check(
     returns is compared with what it was at init; several calls of one module are kept apart. A module with weights of its own is also
     run on the same inputs x with each of them put back to what it was at init: what that takes away is the weight's own part of the change,
     ΔW·x = (W - W₀)x; with all of them put back the rest is inherited, W₀(x - x₀). With a learning rate so small that activations move by
-    less than 3 % the check says little (THEORY 6.1).
+    less than 3 % the check says little.
 
     `CoordinateCheck` says what is judged and how. Without a table it is the changes: the classical check, to which a learning rate that is
     too small for one weight of many is no miss. With the table the norms of W and ΔW are judged too, and find it.
@@ -74,7 +74,7 @@ def coordinate_check(
         seeds: one model per width and seed.
         loss: (model, batch) -> scalar tensor.
         tolerance: how far from the predicted exponent a measured one may be; 1/4 is half way to the nearest other one. With several seeds
-            and large widths a smaller one can be asked for (THEORY 6.1: 0.15 with four seeds and widths up to 1024).
+            and large widths a smaller one can be asked for (0.15 with four seeds and widths up to 1024).
         table: the model's. Norms are then those of each map (block, copy) of a weight, the largest copy's, beside the predicted
             exponent of √(fan_out/fan_in), and judged; without it they are of the weight as a matrix, its first axis × the others, and not.
         flow: what `scaling.flow` predicts of the parametrization that `build` applies. Without it, and where it does not tell of the
@@ -128,7 +128,7 @@ def assumptions(
     loss: Loss = cross_entropy,
     table: ScalingTable | None = None,
 ) -> Assumptions:
-    """The seed's assumptions on gradients, measured for every weight with two fans above 1: see `Assumptions` for the quantities.
+    """What Su (2025, Higher-order MuP) assumes of gradients, measured for every weight with two fans above 1: see `Assumptions`.
 
     Args:
         build: width -> (model, optimizer), new ones each time. torch's generators are seeded before each call.

@@ -34,8 +34,8 @@ SHOWN = 8
 class Series(Record):
     """One quantity of one tensor after `step` updates: a value per width, the mean over the seeds' `samples` (width × seed).
 
-    `slope` is the least-squares slope of log2(value) against log2(width); None where the value is 0 at every width (nothing moved yet,
-    THEORY P60), nan where it is 0 at some widths only or not finite. `predicted` is the exponent theory gives; None where it gives none.
+    `slope` is the least-squares slope of log2(value) against log2(width); None where the value is 0 at every width (nothing moved yet),
+    nan where it is 0 at some widths only or not finite. `predicted` is the exponent theory gives; None where it gives none.
     With a prediction, `exponent` is the measured one at the largest width and `interval` where it is with 95 % confidence, a transient
     told apart (`scaling.trend`); None where there is no slope.
     """
@@ -86,7 +86,7 @@ class CoordinateCheck(Measurement):
 
     Judged are, where theory predicts an exponent, every activation's change (the classical check) and, if the check has a table, every
     weight's W at init and its ΔW (the spectral condition, which is what inits' and learning rates' rules are about, and which finds a rule
-    that is wrong where other weights' changes hide it). Not judged is what activations are at init (0 and -1/2 are both right: THEORY P61).
+    that is wrong where other weights' changes hide it). Not judged is what activations are at init (0 and -1/2 are both right).
 
     `passed` is whether every one of them is where it should be by its best estimate, the nearer one of its slope over all widths and its
     exponent at the largest (`scaling.trend`): at most `tolerance` from what is predicted, and no other is excluded by its interval. That

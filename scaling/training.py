@@ -83,7 +83,8 @@ def built(build: Callable[..., object], *args: float) -> tuple[nn.Module, Optimi
     pair = build(*args)
     if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module) and hasattr(pair[1], "step"):
         return cast("tuple[nn.Module, Optimizer]", pair)
-    what = f"build({', '.join(map(str, args))}) returned {type(pair).__name__}, not a pair (model, optimizer)"
+    kind = f"({', '.join(type(one).__name__ for one in pair)})" if isinstance(pair, tuple) else f"a {type(pair).__name__}"
+    what = f"build({', '.join(map(str, args))}) returned {kind}, not a pair (model, optimizer)"
     raise CannotMeasure(what, "return model, optimizer")
 
 

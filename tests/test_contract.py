@@ -235,6 +235,17 @@ def test_a_sparse_gradient_is_refused_by_clipping_too():
     assert (W.grad == 9).all()
 
 
+def test_clipping_is_for_groups_that_know_their_factors():
+    W = weight(4, 6)
+    W.grad = torch.ones(4, 6)
+    for other in (torch.optim.AdamW([W]), [W], None):
+        with pytest.raises(BadOption, match="a SpectralOptimizer; torch's clip_grad_norm_ serves others"):
+            clip_grad_norm_(other, 1.0)
+    for value in (None, "1", float("nan"), -1):
+        with pytest.raises(BadOption, match="max_norm"):
+            clip_grad_norm_(SpectralOptimizer([W], 0.1), value)
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,18 @@
 """Every error a user can cause in `derive`: what it says, where, and what to type next."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from models import MLP
 from torch import nn
 
-from scaling import derive
+import compiler
+from scaling import coordinate_check, derive, lint
 from scaling.errors import (
     CannotMakeInputs,
+    CannotMeasure,
     CaptureFailed,
     ConflictingUses,
     GraphsDiffer,
@@ -18,6 +22,7 @@ from scaling.errors import (
     TooManyGrowingAxes,
     UnknownName,
     UnsupportedOperator,
+    WrongWidth,
 )
 
 
@@ -223,3 +228,46 @@ def test_a_module_without_a_forward_is_told_which_methods_it_has_and_one_of_them
     model = Agent()
     model.forward = model.get_action_and_value
     assert derive(model).coverage.unreached == ()
+
+
+# --- what a newcomer mistakes -------------------------------------------------------------------------------------------------
+
+
+def test_models_of_one_shape_do_not_tell_what_grows():
+    """A table of which every axis is fixed would have been called exact."""
+    with pytest.raises(ScalingError, match=r"builds a MLP of the same shapes at widths 64 and 128, and nothing grows\n.*lambda d: "):
+        derive(lambda _: MLP(64), widths=(64, 128))
+    with pytest.raises(ScalingError, match=r"also= is a MLP of the same width.*\n.*wider"):
+        derive(MLP(64), also=MLP(64))
+
+
+@pytest.mark.parametrize("table", [None, "muon"])
+def test_what_is_no_table_is_refused_by_all_that_carry_one_out(table):
+    for call in (compiler.init_, lambda *both: compiler.compile(*both, lr=0.1), lambda *both: compiler.param_groups(*both, "adam", 0.1)):
+        with pytest.raises(ValueError, match=r"table='(NoneType|str)': what derive\(model\) returns"):
+            call(MLP(64), table)
+    with pytest.raises(ValueError, match="table='MLP'"):
+        compiler.compile(derive(MLP(64)), MLP(64), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "at"),
+    [
+        (torch.compile, "_orig_mod"),
+        (nn.DataParallel, "module"),
+        (lambda model: nn.Sequential(nn.Sequential(model)), "0.0"),
+    ],
+)
+def test_a_model_that_is_wrapped_already_is_told_where_it_is(wrap, at):
+    with pytest.raises(WrongWidth, match=f"a wrapper has it as '{re.escape(at)}.first.weight': pass model.{re.escape(at)}, and wrap it"):
+        compiler.compile(wrap(MLP(64)), derive(MLP(64)), lr=0.1)
+
+
+def test_a_model_where_a_function_of_the_width_is_meant():
+    with pytest.raises(CannotMeasure, match=r"build is the MLP itself(.|\n)*lint\(lambda d: \(model, optimizer\)"):
+        lint(MLP(64))
+
+
+def test_a_pair_without_an_optimizer_is_called_what_it_is():
+    with pytest.raises(CannotMeasure, match=r"build\(16\) returned \(MLP, NoneType\), not a pair"):
+        coordinate_check(lambda d: (MLP(d), None), [(torch.zeros(2, 16), torch.zeros(2).long())], (16, 32))
