@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compiler.bits import LOW
@@ -49,8 +50,17 @@ def check_state(state_dict: Mapping[str, Any], groups: Groups) -> None:
                 raise BadState(what, "build model and groups as when it was saved")
 
 
-def exactly(state_dict: Mapping[str, Any], groups: Groups, state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Undo that torch has cast the loaded state to the dtype of its weight, and has it share memory with the state dict."""
+def exactly(
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], scheduled: Groups
+) -> None:
+    """Undo that torch has cast the loaded state to the dtype of its weight, and has it share memory with the state dict.
+
+    `scheduled` are lr and weight decay of every group from before: a step that was compiled for a tensor would be compiled anew for
+    every float, and a tensor on a CPU cannot be captured on another device.
+    """
+    for group, before in zip(groups, scheduled, strict=True):
+        for name, value in before.items():
+            group[name] = torch.full_like(value, float(group[name])) if isinstance(value, Tensor) else float(group[name])
     for key, W in _pairs(state_dict, groups):
         for name, value in state_dict["state"].get(key, {}).items():
             now = state[W].get(name)

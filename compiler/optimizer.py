@@ -179,20 +179,23 @@ class SpectralOptimizer(Optimizer):
                 group.setdefault(name, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state, as in torch, each tensor in the dtype it was saved in, and none that shares memory with what is given.
+        """Load the state, as in torch, but each tensor in the dtype it was saved in, and none that shares memory with what is given.
+
+        lr and weight_decay stay what they are here, a float or a tensor on its device, whatever they were when they were saved.
 
         Raises:
             BadState: for the state of another class, or of weights of other shapes or in another order.
             BadOption, UnknownName, NotAMatrix: for options that make no sense here. Nothing has been loaded then.
         """
         given: dict[str, Any] = {}
+        scheduled = [{name: group[name] for name in SCHEDULED} for group in self.param_groups]
 
         def check(_: Optimizer, changed: dict[str, Any]) -> None:
             given.update(changed)  # by other hooks, which have run before this one
             check_state(changed, self.param_groups)
 
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: exactly(given, self.param_groups, self.state), prepend=True)
+        after = self.register_load_state_dict_post_hook(lambda _: exactly(given, self.param_groups, self.state, scheduled), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:

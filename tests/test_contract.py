@@ -321,6 +321,21 @@ def test_what_is_loaded_shares_no_memory_with_what_was_given():
         assert same(a, [W], *before)
 
 
+@pytest.mark.parametrize("saved", [0.3, torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64)])
+@pytest.mark.parametrize("here", [0.1, torch.tensor(0.1), torch.tensor([0.1], dtype=torch.float64)])
+def test_a_learning_rate_stays_a_number_or_a_tensor_as_it_is_here(saved, here):
+    """A step compiled for a tensor is compiled anew for every float; a tensor of a checkpoint on the CPU would not be on the device."""
+    W, V = weight(4, 6), weight(4, 6)
+    a, b = SpectralOptimizer([W], saved, weight_decay=saved), SpectralOptimizer([V], here, weight_decay=here)
+    b.load_state_dict(a.state_dict())
+    for name in ("lr", "weight_decay"):
+        now = b.param_groups[0][name]
+        assert type(now) is type(here)
+        assert float(now) == pytest.approx(0.3)
+        if isinstance(here, torch.Tensor):
+            assert (now.dtype, now.shape, now.device) == (here.dtype, here.shape, here.device)
+
+
 def test_hooks_see_and_change_what_is_loaded():
     W, V = weight(4, 6, dtype=torch.bfloat16), weight(4, 6, dtype=torch.bfloat16)
     a, b = (SpectralOptimizer([w], 0.1, "adam", master=True) for w in (W, V))

@@ -172,6 +172,44 @@ def test_bytes_are_those_of_the_plan(tmp_path):
     over(4, bytes_are_those_of_the_plan, tmp_path)
 
 
+# --- what a step asks of torch.distributed --------------------------------------------------------------------------------------
+
+
+def few_collectives_and_no_operator_on_dtensors(monkeypatch=pytest.MonkeyPatch):
+    calls, asked = [], []
+    with monkeypatch.context() as patched:
+        for name in (
+            "all_to_all_single",
+            "all_reduce",
+            "all_gather",
+            "all_gather_into_tensor",
+            "all_to_all",
+            "broadcast",
+            "reduce_scatter",
+        ):
+            of = getattr(dist, name)
+            patched.setattr(dist, name, lambda *args, of=of, name=name, **kwargs: (calls.append(name), of(*args, **kwargs))[1])
+        dispatch = DTensor.__torch_dispatch__
+        patched.setattr(DTensor, "__torch_dispatch__", classmethod(lambda cls, func, *args: (asked.append(func), dispatch(func, *args))[1]))
+        for placement in (Shard(0), Replicate()):
+            (_, _), (weights, optimizer) = both(placement, {})
+            for step in range(3):
+                gradients(weights, step)
+                calls.clear(), asked.clear()
+                optimizer.step()
+            assert asked == []
+            if placement.is_replicate():
+                continue
+            # flags agreed on, once there and back: whatever the number of weights, shapes and options
+            assert calls.count("all_to_all_single") == 2
+            assert calls == ["all_reduce", "all_to_all_single", "all_to_all_single"]
+
+
+def test_dion_sends_a_pair_of_messages_per_shape_and_muon_fsdp2_one_per_matrix(tmp_path):
+    """And torch 2.12's foreach on DTensors keeps what it has inferred of their sharding for good (NeMo#2888): none is asked here."""
+    over(2, few_collectives_and_no_operator_on_dtensors, tmp_path)
+
+
 # --- gradients ----------------------------------------------------------------------------------------------------------------
 
 

@@ -799,7 +799,7 @@ def test_what_cannot_be_measured_is_said(data):
         coordinate_check(build, data, (8, 16), steps=(0,))
     with pytest.raises(CannotMeasure, match="seeds is empty"):
         assumptions(build, data, (8, 16), seeds=())
-    with pytest.raises(CannotMeasure, match=r"build\(8\) returned Sequential, not a pair"):
+    with pytest.raises(CannotMeasure, match=r"build\(8\) returned a Sequential, not a pair"):
         coordinate_check(mlp, data, (8, 16))
     with pytest.raises(CannotMeasure, match="not a pair of tensors"):
         coordinate_check(build, [data[0][0]], (8, 16))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compiler import SpectralOptimizer, msign, spectral_normalize, svc
 from compiler.errors import NotAMatrix
@@ -185,3 +187,112 @@ def test_megatrons_clipping_divides_every_mapped_update_by_its_norm():
     V.grad = W.grad * 1e-3
     SpectralOptimizer([W], 0.1).step(), SpectralOptimizer([V], 0.1).step()
     torch.testing.assert_close(W, V, rtol=0, atol=1e-6)
+
+
+# --- GPU.md, section 1: one name more each ------------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the operands of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "addbmm"):
+            self.dtypes |= {T.dtype for T in tree_leaves(args) if isinstance(T, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_all_muons_multiply_in_bf16_on_a_cpu_that_is_40_times_slower_in_it(map, dtype):
+    """0.9 GFLOP/s against 38 to 54 where there is no unit for it."""
+    W = weight(20, 40, dtype=dtype)
+    optimizer = SpectralOptimizer([W], 0.1, map=map, accuracy="high")
+    for _ in range(3):
+        with Products() as seen:
+            optimizer.step()
+        assert seen.dtypes <= {torch.float32, torch.float64}
+    assert map == "svc" or seen.dtypes  # which is the SVD here
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (20, 50), (50, 20)])
+def test_heavyball_iterates_alike_whatever_it_is_told(shape):
+    """YOU-5 for all but square matrices, whichever mode is set. The level that is asked for here shows in the image."""
+    G = torch.linalg.qr(torch.randn(max(shape), 20, dtype=torch.float64))[0] * torch.logspace(0, -2, 20, dtype=torch.float64)
+    G = (G if shape[0] >= shape[1] else G.mT).reshape(shape)
+    spreads = []
+    for accuracy in ("fast", "default", "high", "exact"):
+        W = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        W.grad = G
+        SpectralOptimizer([W], 1.0, accuracy=accuracy).step()
+        sigma = torch.linalg.svdvals(W.detach())
+        spreads.append((sigma[0] - sigma[-1]).item())
+    assert spreads == sorted(spreads, reverse=True)
+    assert len({round(spread, 5) for spread in spreads}) == 4
+    assert spreads[0] < 0.02
+    assert spreads[-1] < 1e-12
+
+
+@pytest.mark.parametrize("accuracy", ["default", "high", "exact"])
+def test_turbo_muon_scales_rows_and_so_finds_another_polar_factor(accuracy):
+    """AOL: D·X has a U·Vᵀ of its own. Off the diagonal in the basis of singular vectors it was 0.13 to 0.16 on momenta."""
+    X = torch.diag(torch.logspace(0, -1, 12, dtype=torch.float64)) @ torch.randn(12, 20, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    scaled = X / X.norm(dim=1, keepdim=True)
+    other = U.mT @ msign(scaled, accuracy="exact") @ Vh.mT
+    assert (other - other.diag().diag()).norm() / other.norm() > 0.1
+    ours = U.mT @ msign(X, accuracy=accuracy) @ Vh.mT
+    assert (ours - ours.diag().diag()).norm() / ours.norm() < 1e-9
+
+
+def test_cachemuon_starts_from_the_last_factor_and_leaves_the_ball():
+    """Singular values of Q_{t-1}·M_t up to 187 where directions turn. Here an update is the same whatever came before it."""
+    W = nn.Parameter(torch.zeros(12, 20))
+    optimizer = SpectralOptimizer([W], 1.0, "sgd", momentum=0.0)
+    for step in range(6):
+        G = torch.randn(12, 20) @ torch.diag(torch.logspace(0, -3, 20).roll(3 * step))
+        before, W.grad = W.detach().clone(), G
+        optimizer.step()
+        fresh = nn.Parameter(before.clone())
+        fresh.grad = G
+        SpectralOptimizer([fresh], 1.0, "sgd", momentum=0.0).step()
+        assert torch.equal(W, fresh)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_power_iteration_of_one_vector_loses_sigma_when_the_top_direction_jumps(capturable):
+    """‖ΔW‖₂ is then twice what it should be. 16 vectors that are followed, and noise beside them, see the new direction."""
+    W = nn.Parameter(torch.zeros(60, 90))
+    optimizer = SpectralOptimizer([W], 1.0, "sgd", "sn", momentum=0.0, capturable=capturable)
+    U, V = torch.linalg.qr(torch.randn(60, 60))[0], torch.linalg.qr(torch.randn(90, 60))[0]
+    one, theirs, ours = torch.randn(90), [], []
+    for step in range(8):
+        W.grad = (U * torch.logspace(0, -2, 60).roll(17 * step)) @ V.mT
+        one = W.grad.mT @ (W.grad @ one)
+        one = one / one.norm()
+        theirs.append(1 / (W.grad @ one).norm().item())
+        before = W.detach().clone()
+        optimizer.step()
+        ours.append(torch.linalg.matrix_norm(W.detach() - before, 2).item())
+    assert max(theirs) > 2
+    assert 0.999 < min(ours) <= max(ours) < 1.1
+
+
+@pytest.mark.parametrize("ratio", [2, 10, 50])
+def test_svc_by_two_msigns_adds_a_tenth_of_its_threshold_to_small_singular_values(ratio):
+    """Emerging-Optimizers' spectral_hardcap, Su's identity: 10 to 12 % of τ at σ ≪ τ, 5·τ where σ₁ is 50·τ."""
+    s = torch.logspace(0, -5, 20) * ratio
+    U, V = torch.linalg.qr(torch.randn(20, 20))[0], torch.linalg.qr(torch.randn(30, 20))[0]
+    W = nn.Parameter(torch.zeros(20, 30))
+    W.grad = (U * s) @ V.mT
+    SpectralOptimizer([W], 1.0, "sgd", "svc", momentum=0.0).step()
+    torch.testing.assert_close(-W.detach(), (U * s.clamp(max=1)) @ V.mT, atol=2e-5, rtol=0)
+
+
+def test_keller_jordans_muon_needs_a_process_group_on_one_device():
+    assert not torch.distributed.is_initialized()
+    W = weight(4, 6)
+    SpectralOptimizer([W], 0.1).step()
