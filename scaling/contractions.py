@@ -48,7 +48,8 @@ class Fold:
     """A carrier whose output is meant to be `target` times its usual size.
 
     `quantity`: the field of a block that says so: "target", or "branch" for the multiplier of a residual branch, which is the weight's at
-    all its uses. `why` is said in the rule's notes. `dot`: whether a product of two activations asks for it.
+    all its uses; or "entries" for the size of the weight's entries, where the model divides it by its own norm. `why` is said in the rule's
+    notes. `dot`: whether a product of two activations asks for it.
     """
 
     carrier: Carrier

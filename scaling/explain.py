@@ -177,6 +177,7 @@ class _Letters:
     branch: sympy.Expr
     gradient: sympy.Expr
     share: sympy.Expr
+    entries: sympy.Expr | None
 
 
 def _letters(block: Block) -> _Letters:
@@ -185,7 +186,10 @@ def _letters(block: Block) -> _Letters:
     letters = {
         name: sympy.Symbol(letter, positive=True) if getattr(block, name) != 1 else sympy.Integer(1) for name, letter in optional.items()
     }
-    return _Letters(fan_in=sympy.Symbol("fan_in", positive=True), fan_out=sympy.Symbol("fan_out", positive=True), **letters)
+    entries = None if block.entries is None else sympy.Symbol("e", positive=True)
+    return _Letters(
+        entries=entries, fan_in=sympy.Symbol("fan_in", positive=True), fan_out=sympy.Symbol("fan_out", positive=True), **letters
+    )
 
 
 def _derived(symbol: str, rule: Callable[..., sympy.Expr], block: Block) -> str:

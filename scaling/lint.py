@@ -317,6 +317,8 @@ class _Linter:
         rates = part.rates(self.widths)
         if all(rates):
             rate = deviations(self.widths, rates, part.rate(folded))
+        if part.block.entries is not None:  # the model divides its norm out: any init will do, to which the learning rate is in proportion
+            return (0.0, 0.0), _fitting(rate, TOLERANCE) - (1 + float(part.degree)) * _fitting(scale, TOLERANCE)
         return scale, _fitting(rate, TOLERANCE)
 
     def _mean(self, part: _Part) -> Iterator[Finding]:

@@ -16,7 +16,16 @@ from typing import Protocol
 
 import sympy
 
-__all__ = ["DEGREES", "LEARNING_RATES", "epsilon", "init_std", "spectral_norm", "update_norm", "weight_decay"]
+__all__ = [
+    "DEGREES",
+    "LEARNING_RATES",
+    "attained",
+    "epsilon",
+    "init_std",
+    "spectral_norm",
+    "update_norm",
+    "weight_decay",
+]
 
 
 class Map(Protocol):
@@ -36,6 +45,8 @@ class Map(Protocol):
     def target(self) -> sympy.Expr: ...
     @property
     def branch(self) -> sympy.Expr: ...
+    @property
+    def entries(self) -> sympy.Expr | None: ...
     @property
     def gradient(self) -> sympy.Expr: ...
     @property
@@ -61,10 +72,24 @@ def init_std(use: Map) -> sympy.Expr:
 
     Su 2025; Yang et al. 2023, arXiv 2310.17813, §4.
 
-    With fan_in = 1 the minimum is 1: fan_out is a count.
+    With fan_in = 1 the minimum is 1: fan_out is a count. Where the model divides the weight by its own norm, any σ is as good as another,
+    and the rates go with it: it is that of the `entries` it is left with.
     """
-    wide = sympy.Integer(1) if use.fan_in == 1 else sympy.Min(1, use.fan_out / use.fan_in)
-    return _gain(use) * sympy.sqrt(wide / use.fan_in)
+    return _gain(use) * sympy.sqrt(_wide(use) / use.fan_in) if use.entries is None else use.entries
+
+
+def _wide(use: Map) -> sympy.Expr:
+    return sympy.Integer(1) if use.fan_in == 1 else sympy.Min(1, use.fan_out / use.fan_in)
+
+
+def attained(use: Map) -> tuple[sympy.Expr, sympy.Expr]:
+    """The size of the output of a map whose `entries` are given: of independent entries, as at init, and of those aligned with the input.
+
+    Both are ‖W‖₂ ≈ entries·(√fan_in + √fan_out) times the input's norm, spread over fan_out outputs or all in one direction.
+    """
+    assert use.entries is not None
+    independent = use.entries * use.input_scale * sympy.sqrt(use.fan_in)
+    return independent, independent / sympy.sqrt(_wide(use))
 
 
 def sgd(use: Map) -> sympy.Expr:

@@ -432,7 +432,8 @@ def gauge(table: ScalingTable, to: str | Mapping[str, object]) -> ScalingTable:
 
     The uses of a tied weight keep the ratio of their multipliers (so "table9" makes an embedding tied to the readout √d and 1/√d).
     Gains, biases and tables that are added are left as they are by the named gauges: no module applies them linearly, and every gauge
-    is as good. So is a weight whose blocks would need different multipliers; its notes say so.
+    is as good. So is a weight whose blocks would need different multipliers; its notes say so. No gauge moves a weight that the model
+    divides by its own norm: its init makes up for no multiplier.
 
     Args:
         table: the table; it is not changed.
@@ -498,7 +499,7 @@ ADDED = {"aten.add", "aten.sub"}
 def _moved(rule: WeightRule, multiplier: sympy.Expr) -> WeightRule:
     """The rule with the given multiplier at its first use; the rest of it follows by the formulas, which all divide by m."""
     theta = multiplier / rule.blocks[0].multiplier
-    if theta == 1:
+    if theta == 1 or any(block.entries is not None for block in rule.blocks):
         return rule
     blocks = tuple(block.model_copy(update={"multiplier": block.multiplier * theta}) for block in rule.blocks)
     uses = tuple(use.model_copy(update={"multiplier": use.multiplier * theta}) for use in rule.uses)

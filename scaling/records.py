@@ -104,6 +104,7 @@ class _Map(Record):
     branch: Exact = ONE
     gradient: Exact = ONE
     share: Exact = ONE
+    entries: Exact | None = None
 
 
 class Use(_Map):
@@ -111,7 +112,8 @@ class Use(_Map):
 
     `target` is the RMS size the output is meant to have and `input_scale` the input's, 1 but for THEORY 1.7's exceptions.
     `multiplier` is the fixed factor on the weight at this use. `branch`, `gradient` and `share` are what depth asks of a weight in a
-    residual branch (`scaling.optimizers`), 1 in a table without depth.
+    residual branch (`scaling.optimizers`), 1 in a table without depth. `entries` is the size of the entries where the model divides the
+    weight by its own norm, whatever they were before.
     """
 
     operator: str

@@ -18,6 +18,7 @@ from scaling.growth import Growth
 from scaling.limits import exponent
 from scaling.operators import rule_of
 from scaling.records import Block, Factor, Use, WeightRule
+from scaling.scales import nearest
 from scaling.uses import Span, WeightUse, is_linear
 
 __all__ = ["rules_of"]
@@ -78,11 +79,22 @@ def _sized(block: Block, use: WeightUse, given: sympy.Expr, folds: list[Fold]) -
     """The block with the sizes of its input and output: a sum makes up for its input's, what is added has it, a gain hands it on."""
     parts = {span.part for axis in use.spans for span in axis}
     sums = bool(parts & {"in", "out"})
-    target = sympy.Mul(*(fold.target for fold in folds if fold.quantity == "target" and fold.carrier.call is use.call))
+    target, entries = (
+        [fold.target for fold in folds if fold.quantity == quantity and fold.carrier.call is use.call] for quantity in ("target", "entries")
+    )
+    target = sympy.Mul(*target)
     if "add" in parts and not sums and is_linear(use.call):
         target *= given
     branch = sympy.Mul(*(fold.target for fold in folds if fold.quantity == "branch"))
-    return block.model_copy(update={"input_scale": given if sums else sympy.Integer(1), "target": target, "branch": branch})
+    sized = block.model_copy(
+        update={
+            "input_scale": given if sums else sympy.Integer(1),
+            "target": target,
+            "branch": branch,
+            "entries": next(iter(entries), None),
+        }
+    )
+    return sized if sized.entries is None else sized.model_copy(update={"target": nearest(sized, target)})
 
 
 def _rule(
@@ -116,7 +128,7 @@ def _rule(
             m = maps[covering.index(use)]
             described.setdefault(
                 id(use),
-                Use(operator=use.call.name, source=use.call.source, fan_in=m.fan_in, fan_out=m.fan_out, copies=m.copies,
+                Use(operator=use.call.name, source=use.call.source, fan_in=m.fan_in, fan_out=m.fan_out, copies=m.copies, entries=m.entries,
                     multiplier=multiplier, input_scale=m.input_scale, target=m.target, branch=m.branch, lookup=m.lookup),
             )  # fmt: skip
             if multiplier != 1:
@@ -315,12 +327,13 @@ def _multipliers(call: Call, maps: list[Block], uses: list[WeightUse]) -> list[s
     """The factor on each use that makes one init and one learning rate right for all of them (THEORY 2.3): 1 on the first.
 
     Uses u and v agree iff (1+p)(σ_u − σ_v) = η_u − η_v in exponents, for optimizers of every degree p; the factor is then η_u/η_v of
-    degree 0.
+    degree 0. Where the weight's norm is divided out, any σ does, and the rates alone have to agree.
     """
     first = maps[0]
     out: list[sympy.Expr] = [sympy.Integer(1)]
     for other, use in zip(maps[1:], uses[1:], strict=True):
-        gap = exponent(optimizers.init_std(other)) - exponent(optimizers.init_std(first))
+        size = optimizers.adam if first.entries is not None and other.entries is not None else optimizers.init_std
+        gap = exponent(size(other)) - exponent(size(first))
         for family, degree in optimizers.DEGREES.items():
             rates = exponent(optimizers.LEARNING_RATES[family](other)) - exponent(optimizers.LEARNING_RATES[family](first))
             if rates != (1 + degree) * gap:

@@ -18,11 +18,13 @@ from scaling.contractions import Carrier, Fold, as_number, taken_by, upstream
 from scaling.graph import Call, LayerGraph
 from scaling.growth import Growth
 from scaling.limits import WIDTH, exponent
+from scaling.notation import formula
 from scaling.operators import rule_of
-from scaling.records import Contraction, WeightRule
+from scaling.optimizers import Map, attained
+from scaling.records import Contraction, Use, WeightRule
 from scaling.uses import Dot, WeightUse
 
-__all__ = ["Scales", "few_normalized", "few_taken", "grown_outputs", "scales_of"]
+__all__ = ["Scales", "few_normalized", "few_taken", "grown_outputs", "nearest", "scales_of", "too_large_once_aligned"]
 
 ONE = sympy.Integer(1)
 
@@ -44,6 +46,14 @@ def scales_of(graph: LayerGraph, growth: Growth, uses: list[WeightUse], dots: li
     return _Sizes(graph, growth, uses, dots).run()
 
 
+def nearest(use: Map, wanted: sympy.Expr) -> sympy.Expr:
+    """The size nearest to the wanted one that the outputs of a map can have whose `entries` are given: its weight makes up for no more."""
+    least, most = attained(use)
+    if exponent(wanted) < exponent(least):
+        return least
+    return most if exponent(wanted) > exponent(most) else wanted
+
+
 class _Sizes:
     def __init__(self, graph: LayerGraph, growth: Growth, uses: list[WeightUse], dots: list[Dot]) -> None:
         self.graph, self.growth = graph, growth
@@ -53,10 +63,14 @@ class _Sizes:
         self.dots = {dot.call.node for dot in dots if growth.grows(dot.dim)}
         self.taken = taken_by(graph, growth, dots)
         self.scales = Scales()
+        self.entries = self._divided()
 
     def run(self) -> Scales:
         for use in (use for uses in self.uses.values() for use in uses):
-            self._on_the_weight(use)
+            if use in self.entries:
+                self.scales.folds.append(Fold(Carrier(use.weight, use.call, None), self.entries[use], "entries"))
+            else:
+                self._on_the_weight(use)
         for node, call in self.graph.calls.items():
             if node in self.graph.data and node.op == "call_function":
                 size = self._size(call)
@@ -68,9 +82,9 @@ class _Sizes:
         maps = [
             use for use in self.uses.get(call.node, ()) if any(span.part in {"in", "lookup", "out"} for axis in use.spans for span in axis)
         ]
-        if maps or call.node in self.dots:
-            return ONE
         inputs = [self.scales.at(node) for node in call.tensors if node is not None and node in self.graph.data]
+        if maps or call.node in self.dots:
+            return nearest(self._map(maps[0], sympy.Mul(*inputs)), ONE) if len(maps) == 1 and maps[0] in self.entries else ONE
         number = self._number(call)
         if number != 1 and inputs:
             return ONE if inputs[0] == 1 and self._made_up_for(call, number) else inputs[0] * number
@@ -101,6 +115,9 @@ class _Sizes:
         carriers = upstream(self.graph, call.node, alone=True) or []
         if not carriers or not all(self._is_map(carrier.weight, carrier.call) for carrier in carriers):
             return False
+        divided = [use for carrier in carriers for use in self.uses.get(carrier.call.node, ()) if use in self.entries]
+        if any(exponent(nearest(self._map(use, ONE), 1 / number)) != exponent(1 / number) for use in divided):
+            return False
         why = f"makes up for the factor {number} at {call.source}"
         self.scales.folds.extend(Fold(carrier, 1 / number, why=why) for carrier in carriers)
         return True
@@ -109,6 +126,50 @@ class _Sizes:
         """Whether a weight is more there than a gain: a constant that it starts at would have to move with the fold."""
         spans = [axis for use in self.uses.get(call.node, ()) if use.weight is weight for axis in use.spans]
         return any(span.part != "copy" for axis in spans for span in axis)
+
+    def _divided(self) -> dict[WeightUse, sympy.Expr]:
+        """The size of the entries of what a use makes of its weight, where the weight's own cancels: W/‖W‖ has 1/√n, however large W is."""
+        sizes: dict[fx.Node, sympy.Expr] = {}
+        for node, call in self.graph.calls.items():
+            if node in self.graph.weight_only:
+                sizes[node] = self._of_weights(call, [sizes[n] for n in call.tensors if n is not None and n in sizes])
+        return {
+            use: sizes[use.operand]
+            for uses in self.uses.values()
+            for use in uses
+            if sizes[use.operand].free_symbols <= {WIDTH}
+            and len(self.graph.made_of(use.operand)) == 1
+            and any(span.part in {"in", "lookup", "out"} for axis in use.spans for span in axis)
+        }
+
+    def _of_weights(self, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+        """The same of any value made of weights, where each weight's own size is a letter, and so is what nothing is known of."""
+        letter = sympy.Dummy(positive=True)
+        if not inputs:
+            return letter
+        if call.name in NORMALIZES:
+            return ONE if len(inputs) == 1 else letter
+        if call.name in SIZES:
+            return SIZES[call.name](self, call, inputs) * self._law(as_number(self.graph, call), call, [])
+        operator = rule_of(call)
+        return inputs[0] if operator is not None and operator.linear else letter
+
+    def _map(self, use: WeightUse, given: sympy.Expr) -> Use:
+        """A use whose norm is divided out, as a map of inputs of a given size."""
+        fans = {"in": ONE, "out": ONE}
+        for dim, spans in zip(self.growth.axes.dims[use.weight.node], use.spans, strict=True):
+            atoms = self.growth.axes.resolve(dim)
+            for factor, span in zip([(atom,) for atom in atoms] if len(atoms) == len(spans) else [dim], spans, strict=False):
+                if span.part in fans:
+                    fans[span.part] *= self.growth.of(factor)
+        return Use(
+            operator=use.call.name,
+            source=use.call.source,
+            fan_in=fans["in"],
+            fan_out=fans["out"],
+            input_scale=given,
+            entries=self.entries[use],
+        )
 
     def _law(self, numbers: tuple[float, ...], call: Call, weights: list[Call]) -> sympy.Expr:
         """The number as an expression in d: a power of d through its values, or of an axis at hand if there is one width only."""
@@ -165,18 +226,20 @@ def _quotient(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr
     first = call.tensors[0]
     if len(inputs) == 2:
         return inputs[0] / inputs[1]
-    return sympy.Mul(*inputs) if first in sizes.graph.data else 1 / sympy.Mul(*inputs)
+    sized = sizes.graph.data if call.node in sizes.graph.data else sizes.graph.weight_only
+    return sympy.Mul(*inputs) if first in sized else 1 / sympy.Mul(*inputs)
 
 
 def _reduced(power: sympy.Expr) -> Rule:
-    """Over n growing entries: nᵖ times their size."""
+    """Over n growing entries (of a weight: any n), nᵖ times their size."""
 
     def rule(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
         source = call.tensors[0]
         dims = sizes.growth.axes.dims.get(source, ()) if source is not None else ()
         which = call.get("dim", None)
         gone = range(len(dims)) if which in (None, []) else [which] if isinstance(which, int) else which
-        return sympy.Mul(*inputs[:1], *(sizes.growth.of(dims[i]) ** power for i in gone if dims and sizes.growth.grows(dims[i])))
+        counted = [dims[i] for i in gone if dims and (sizes.growth.grows(dims[i]) or call.node in sizes.graph.weight_only)]
+        return sympy.Mul(*inputs[:1], *(sizes.growth.of(dim) ** power for dim in counted))
 
     return rule
 
@@ -186,6 +249,9 @@ def _first(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
 
 
 HALF: sympy.Expr = sympy.Rational(1, 2)
+NORMALIZES = {"aten.layer_norm", "aten.rms_norm"}
+"""Operators whose value has entries of size 1."""
+
 SIZES: dict[str, Rule] = {
     **{f"aten.{name}": _product for name in ("mul", "multiply", "matmul", "bmm", "mm", "einsum")},
     **{f"aten.{name}": _quotient for name in ("div", "divide", "true_divide")},
@@ -193,7 +259,8 @@ SIZES: dict[str, Rule] = {
     **{
         f"aten.{name}": _first for name in ("relu", "leaky_relu", "abs", "clamp", "clamp_min", "maximum", "minimum", "masked_fill", "where")
     },
-    **{f"aten.{name}": _first for name in ("var", "std", "amax", "amin", "max", "min", "mean")},
+    **{f"aten.{name}": _first for name in ("std", "amax", "amin", "max", "min", "mean")},
+    "aten.var": _power(sympy.Integer(2)),
     "aten.sum": _reduced(ONE),
     "aten.square": _power(sympy.Integer(2)),
     "aten.sqrt": _power(HALF),
@@ -222,6 +289,28 @@ def grown_outputs(graph: LayerGraph, scales: Scales) -> list[Contraction]:
             node = below[0]
         found.append(Contraction(operator=call.name, source=call.source, dim=size, present=ONE, folded=()))
     return found
+
+
+# weights whose norm is divided out
+
+
+def too_large_once_aligned(rules: list[WeightRule]) -> tuple[str, ...]:
+    """Notes on weights that the model divides by their own norm, which leaves them larger than a map of their fans may be.
+
+    A readout of d features may have rows of norm 1/√d; with rows of norm 1 its outputs are Θ(1) at init, but a change of the features
+    that is aligned with them moves them by √d, and no rule of the weight's mends that.
+    """
+    notes = []
+    for rule in rules:
+        for block in rule.blocks:
+            power = exponent(attained(block)[1] / block.target) if block.entries is not None else 0
+            if power > 0:
+                more = formula(WIDTH**power)
+                notes.append(
+                    f"{rule.name} is divided by its own norm at {rule.uses[0].source}: what the layers before it learn moves its outputs"
+                    f" {more} times as much as what it learns itself, however it starts; divide its inputs or outputs by {more}"
+                )
+    return tuple(dict.fromkeys(notes))
 
 
 # norms over few coordinates

@@ -166,7 +166,8 @@ def phrase(use: Use | Block, block: Block) -> Text:
     """How a map uses the axes, in a few words, and what is unusual about it; `block` has the axes of the weight."""
     named = {"copies": use.copies, "times": use.multiplier, "of input RMS": use.input_scale, "of output RMS": use.target * use.branch}
     unusual = [(", ", value, " copies") if name == "copies" else (f", {name} ", value) for name, value in named.items() if value != 1]
-    return (*_map(use, block), *join("", unusual))
+    divided = () if use.entries is None else (", norm divided out, entries ", use.entries)
+    return (*_map(use, block), *join("", unusual), *divided)
 
 
 def _map(use: Use | Block, block: Block) -> Text:
