@@ -61,7 +61,7 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
                 for G in _boxes(W, block, _name(group, position)):
                     norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
                     parts.setdefault(summed, []).append(norm * scale)
-    totals = [torch.tensor(0.0)] if not parts else []
+    totals = [torch.tensor(0.0, device="cpu")] if not parts else []
     for summed, norms in parts.items():
         norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
         square = norm.double() ** 2

@@ -78,7 +78,7 @@ def read(entries: list[Ready]) -> Tensor:
         else:
             low, high = (end.item() for end in G.aminmax())  # NaN if there is a NaN
             flags.append((True, not (-entry.limit <= low and high <= entry.limit), low != 0 or high != 0))
-    return torch.tensor(flags, dtype=torch.bool).reshape(-1, 3).mT
+    return torch.tensor(flags, dtype=torch.bool, device="cpu").reshape(-1, 3).mT
 
 
 def watched(entries: list[Ready]) -> Tensor:

@@ -283,9 +283,9 @@ def adam_(
 @lru_cache(maxsize=64)
 def _work(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """(tensor, block of it) for every block of every tensor."""
-    counts = torch.tensor([-(-size // block) for size in sizes])
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    nth = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    counts = torch.tensor([-(-size // block) for size in sizes], device="cpu")
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+    nth = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
     work = torch.stack([tensor, nth], 1).to(torch.int32)
     return work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work
 
@@ -304,7 +304,7 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    made = torch.tensor(numbers, dtype=torch.int64)
+    made = torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the default device is
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)  # a copy nobody waits for
 
 

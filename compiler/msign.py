@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compiler import kernels
+from compiler.autocast import outside_autocast
 from compiler.coefficients import MARGIN, SCHEDULES, Schedule
 from compiler.errors import NotAMatrix
 from compiler.programs import Product
@@ -22,6 +23,7 @@ FEWEST_ROWS = 16
 
 
 @torch.no_grad()
+@outside_autocast
 def msign(X: Tensor, *, accuracy: str = "default") -> Tensor:
     """The polar factor U·Vᵀ of every matrix in the last two dimensions.
 

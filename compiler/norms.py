@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compiler import kernels
+from compiler.autocast import outside_autocast
 from compiler.coefficients import MARGIN, SCHEDULES, quintics
 from compiler.errors import BadOption
 from compiler.msign import iterate, ldexp, power_of_two, require_matrices
@@ -29,6 +30,7 @@ SIGN = SCHEDULES["exact"]._replace(chunks=SCHEDULES["exact"].chunks + POLISH)
 INVERSE_ROOT = SIGN
 
 
+@outside_autocast
 def spectral_norm(X: Tensor, *, strict: bool = False) -> Tensor:
     """σ₁ of every matrix in the last two dimensions.
 
@@ -57,6 +59,7 @@ def spectral_norm(X: Tensor, *, strict: bool = False) -> Tensor:
     return ldexp(sigma, exponent[..., 0, 0]).where(good[..., 0, 0], torch.nan).to(X.dtype)
 
 
+@outside_autocast
 def spectral_normalize(X: Tensor, *, strict: bool = False) -> Tensor:
     """SN: every matrix over its spectral norm, as `spectral_norm` finds it; zero stays zero.
 
@@ -79,6 +82,7 @@ def spectral_normalize(X: Tensor, *, strict: bool = False) -> Tensor:
     return (A / sigma.where(sigma > 0, 1)).where(good, torch.nan).to(X.dtype)
 
 
+@outside_autocast
 def svc(X: Tensor, scale: float | Tensor) -> Tensor:
     """SVC: U·min(scale·S, 1)·Vᵀ of the SVD X = U·S·Vᵀ. As scale → ∞ this is msign(X).
 

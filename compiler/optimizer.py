@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from compiler.autocast import outside_autocast
 from compiler.bits import LOW
 from compiler.blocks import block_view, covers, matrices
 from compiler.distributed import Plan, Weight
@@ -233,7 +234,7 @@ class SpectralOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step and return the closure's loss, if there is a closure.
 
-        Weights without a gradient are left alone.
+        Weights without a gradient are left alone. Autocast is for the closure only.
 
         Raises:
             BadGradient: for sparse gradients; with nonfinite="raise" for NaN or Inf.
@@ -245,6 +246,11 @@ class SpectralOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_changes()
+        self._update()
+        return loss
+
+    @outside_autocast
+    def _update(self) -> None:
         plan = self.plan()
         ready = self._ready(plan)
         rest = self._as_before(ready) if plan is None else ready
@@ -264,7 +270,6 @@ class SpectralOptimizer(Optimizer):
                 subtract_(chunk, mapped(chunk, stacks))
         if plan is not None:
             plan.update_(shared, {entry.position: entry for entry in ready}, self.traffic)
-        return loss
 
     @property
     def skipped(self) -> dict[str, int]:

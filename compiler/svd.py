@@ -35,7 +35,7 @@ def jacobi(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     It needs no convergence of anything inside, and finds small singular values at least as well as LAPACK (Demmel & Veselić 1992), in
     about ten sweeps of m - 1 rounds: slow in torch, seconds for 512 rows. Rows of Vᵀ of σ = 0 are zero.
     """
-    X, U = A.clone(), torch.eye(len(A), dtype=A.dtype)
+    X, U = A.clone(), torch.eye(len(A), dtype=A.dtype, device=A.device)
     order = list(range(len(A) + len(A) % 2))
     for _ in range(SWEEPS):
         largest = 0.0
@@ -44,7 +44,7 @@ def jacobi(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             order = [order[0], order[-1], *order[1:-1]]
             if not pairs:
                 continue
-            p, q = torch.tensor(pairs).T
+            p, q = torch.tensor(pairs, device=A.device).T
             x, y = X[p], X[q]
             a, b, c = (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
             size = (a * b).sqrt()

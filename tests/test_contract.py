@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-from compiler import SpectralOptimizer, clip_grad_norm_
+from compiler import SpectralOptimizer, clip_grad_norm_, msign, spectral_norm, spectral_normalize, svc
 from compiler.errors import BadGradient, BadOption, BadState, NotAMatrix
 from compiler.maps import MAPS
 from compiler.options import NEW_OPTIONS
@@ -539,3 +539,77 @@ def test_a_class_made_of_it_at_runtime():
     assert isinstance(wrapped, torch.optim.Optimizer)
     train(wrapped, [W])
     assert wrapped.state_dict()["state"].keys() == {0}
+
+
+# --- under what a step is taken -----------------------------------------------------------------------------------------------
+
+
+class Deterministic:
+    def __enter__(self):
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(False)
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "a default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "deterministic algorithms": Deterministic,
+    "gradients": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(("map", "strict"), [("msign", False), ("sn", False), ("sn", True), ("svc", False), (None, False)])
+@pytest.mark.parametrize("update", ["nesterov", "adam"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_is_the_same_whatever_is_on_around_it(around, map, strict, update, capturable):
+    """Loops have the whole step within autocast, which rounded the products of SN to bf16 and broke msign's."""
+    V, W = ([weight(24, 40, seed=1), weight(40, 24, seed=2)] for _ in range(2))
+    a, b = (SpectralOptimizer(X, 0.1, update, map, strict=strict, capturable=capturable) for X in (V, W))
+    for step in range(4):
+        train(a, V, [step])
+        for w, v in zip(W, V, strict=True):
+            w.grad = v.grad.clone()
+        with AROUND[around]():
+            b.step()
+        clip_grad_norm_(b, 1.0)
+    assert same(a, V, b, W)
+
+
+@pytest.mark.parametrize("of", [msign, spectral_norm, spectral_normalize, lambda X: svc(X, 0.5)])
+def test_maps_do_not_take_part_in_autocast(of):
+    X = torch.randn(20, 30)
+    expected = of(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(of(X), expected)
+
+
+def test_the_closure_takes_part_in_autocast():
+    model, seen = nn.Linear(6, 4, bias=False), []
+    optimizer = SpectralOptimizer(model.parameters(), 0.1)
+
+    def closure():
+        loss = model(torch.ones(2, 6))
+        seen.append(loss.dtype)
+        loss.sum().backward()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step(closure)
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its own
+def test_a_compiled_step_within_autocast_is_the_same():
+    torch._dynamo.reset()
+    V, W = weight(24, 40), weight(24, 40)
+    a, b = (SpectralOptimizer([X], torch.tensor(0.1)) for X in (V, W))
+    step = torch.compile(b.step, fullgraph=True, backend="eager")
+    for number in range(3):
+        train(a, [V], [number])
+        W.grad = V.grad.clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step()
+    torch.testing.assert_close(V, W, atol=1e-5, rtol=1e-5)
