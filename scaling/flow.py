@@ -428,8 +428,8 @@ def _start(uses: list[WeightUse]) -> str:
     """How a weight begins: a bias at zero, a gain at one, anything else at random."""
     kinds = set()
     for use in uses:
-        norm = use.call.name.endswith("_norm")
-        if use.call.name in {"aten.mul", "aten.prelu", "aten.multiply"} or (norm and use.call.get("weight") is use.operand):
+        norm, sums = use.call.name.endswith("_norm"), any(span.part == "in" for axis in use.spans for span in axis)
+        if (use.call.name in {"aten.mul", "aten.prelu", "aten.multiply"} and not sums) or (norm and use.call.get("weight") is use.operand):
             kinds.add("one")
         elif use.call.get("bias") is use.operand or (use.call.name in ADDED and use.call.tensors[0] is use.operand):
             kinds.add("zero")

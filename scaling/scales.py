@@ -22,7 +22,7 @@ from scaling.notation import formula
 from scaling.operators import rule_of
 from scaling.optimizers import Map, attained
 from scaling.records import Contraction, Use, WeightRule
-from scaling.uses import Dot, WeightUse
+from scaling.uses import Dot, WeightUse, sum_of
 
 __all__ = ["Scales", "few_normalized", "few_taken", "grown_outputs", "nearest", "scales_of", "too_large_once_aligned"]
 
@@ -54,12 +54,18 @@ def nearest(use: Map, wanted: sympy.Expr) -> sympy.Expr:
     return most if exponent(wanted) > exponent(most) else wanted
 
 
+def _sums(use: WeightUse) -> bool:
+    """Whether a use sums over an axis of its weight."""
+    return any(span.part == "in" for axis in use.spans for span in axis)
+
+
 class _Sizes:
     def __init__(self, graph: LayerGraph, growth: Growth, uses: list[WeightUse], dots: list[Dot]) -> None:
         self.graph, self.growth = graph, growth
         self.uses: dict[fx.Node, list[WeightUse]] = {}
         for use in uses:
             self.uses.setdefault(use.call.node, []).append(use)
+        self.sums = {ended.node for use in uses if (ended := sum_of(graph, use.call)) is not None and _sums(use)}
         self.dots = {dot.call.node for dot in dots if growth.grows(dot.dim)}
         self.taken = taken_by(graph, growth, dots)
         self.scales = Scales()
@@ -85,6 +91,8 @@ class _Sizes:
         inputs = [self.scales.at(node) for node in call.tensors if node is not None and node in self.graph.data]
         if maps or call.node in self.dots:
             return nearest(self._map(maps[0], sympy.Mul(*inputs)), ONE) if len(maps) == 1 and maps[0] in self.entries else ONE
+        if call.node in self.sums:
+            return inputs[0]  # what the map before it gives
         number = self._number(call)
         if number != 1 and inputs:
             return ONE if inputs[0] == 1 and self._made_up_for(call, number) else inputs[0] * number

@@ -12,7 +12,7 @@ from scaling.errors import UnsupportedOperator
 from scaling.graph import Call, LayerGraph, Size
 from scaling.operators import GATES, Binding, Label, apply, bind, known, rule_of
 
-__all__ = ["Dot", "Span", "WeightUse", "joined_axes", "uses_of"]
+__all__ = ["Dot", "Span", "WeightUse", "joined_axes", "sum_of", "uses_of"]
 
 DATA_FIRST = {
     *(f"aten.{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)),
@@ -28,6 +28,7 @@ DATA_FIRST = {
 FACTS = {"in": "summed", "lookup": "looked_up", "out": "emitted"}
 """What a weight's use tells of the dimension of one of its axes."""
 
+PRODUCTS = {"aten.mul", "aten.multiply"}
 CATS = {"aten.cat", "aten.concat", "aten.concatenate"}
 
 
@@ -151,9 +152,24 @@ def _labelled(graph: LayerGraph, call: Call, operand: fx.Node, axes: Axes, bound
     binding = next(b for b in bindings if b.node is operand)
     data = [b for b in bindings if b is not binding and b.node not in graph.weight_only]
     others = data or [b for b in bindings if b is not binding]
-    for axis in binding.axes:
+    ended = sum_of(graph, call)
+    summed = _summed_axes(ended, call) if ended is not None else set()
+    for i, axis in enumerate(binding.axes):
         for label, dim in axis:
-            yield dim, _part(label, binding, others, output)
+            part = _part(label, binding, others, output)
+            yield dim, "in" if i - len(binding.axes) in summed else part
+
+
+def sum_of(graph: LayerGraph, call: Call) -> Call | None:
+    """The sum that a product, elementwise, goes into and nowhere else: with a weight, (w * x).sum(-1) is a map and w no gain."""
+    users = [graph.calls[user] for user in call.node.users if user in graph.calls]
+    return users[0] if call.name in PRODUCTS and [user.name for user in users] == ["aten.sum"] else None
+
+
+def _summed_axes(ended: Call, product: Call) -> set[int]:
+    """The axes of a product that a sum is over, counted from the last, which is -1."""
+    rank, which = len(product.shape), ended.get("dim")
+    return {i % rank - rank for i in (range(rank) if which in (None, []) else [which] if isinstance(which, int) else which)}
 
 
 def _mark(graph: LayerGraph, axes: Axes, call: Call, operand: fx.Node, bound: tuple | None) -> None:
@@ -255,18 +271,16 @@ def _dots(graph: LayerGraph, axes: Axes, call: Call, bound: tuple | None) -> Ite
 def _summed_product(graph: LayerGraph, axes: Axes, call: Call) -> Iterator[Dot]:
     """(a * b).sum(dim) is a·b, where both have the axis and neither is the other: a sum of squares is a norm's."""
     product = call.tensors[0]
-    if product is None or product not in graph.data or graph.calls[product].name not in {"aten.mul", "aten.multiply"}:
+    if product is None or product not in graph.data or graph.calls[product].name not in PRODUCTS:
         return
     factors = [n for n in graph.calls[product].tensors if n is not None and n in graph.data]
     if len(factors) != 2 or factors[0] is factors[1]:
         return
     left, right = factors
-    dims, which = axes.dims.get(product, ()), call.get("dim")
-    for i in range(len(dims)) if which in (None, []) else [which] if isinstance(which, int) else which:
-        back = i % len(dims) - len(dims)
-        shapes = [n.meta["val"].shape for n in (product, left, right)]
+    shapes = [n.meta["val"].shape for n in (product, left, right)]
+    for back in sorted(_summed_axes(call, graph.calls[product])):
         if all(len(shape) >= -back and shape[back] == shapes[0][back] for shape in shapes):
-            yield Dot(call=call, dim=dims[i], left=left, right=right)
+            yield Dot(call=call, dim=axes.dims[product][back], left=left, right=right)
 
 
 def is_linear(call: Call) -> bool:

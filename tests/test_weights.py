@@ -644,3 +644,111 @@ def test_weights_joined_to_one_matrix_have_the_rules_of_maps_of_their_own(by):
     assert rules(joined=True) == apart
     assert [apart[name][0] for name in "abce"] == ["hidden", "output", "hidden", "input"]
     assert exponent(apart["b"][3]) == by - 1
+
+
+# --- products summed -----------------------------------------------------------------------------------------------------------------
+
+
+class Scored(nn.Module):
+    """Attention of GATv2 (Brody et al. 2021, arXiv 2105.14491) over 5 neighbours and 2 heads, with `score(h, att)` as one writes it."""
+
+    def __init__(self, width, score):
+        super().__init__()
+        self.score, self.stem = score, nn.Linear(12, 2 * width)
+        self.att, self.right, self.out = nn.Parameter(torch.randn(2, width)), nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, 7)
+
+    def forward(self, x):
+        h = F.elu(self.stem(x))
+        right = self.right(h).unflatten(-1, (2, -1))
+        weights = self.score(F.leaky_relu(right), self.att).softmax(1)
+        return self.out((right * weights.unsqueeze(-1)).sum(1).flatten(1))
+
+
+def as_einsum(h, att):
+    return torch.einsum("bnhc,hc->bnh", h, att)
+
+
+SUMS = {
+    "mul, sum": lambda h, att: (h * att).sum(-1),
+    "sum over a tuple, kept": lambda h, att: torch.sum(att * h, dim=(3,), keepdim=True).squeeze(-1),
+    "with axes of one": lambda h, att: (h * att[None, None]).sum(dim=-1),
+}
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_a_weight_times_data_summed_over_the_width_is_a_map_and_no_gain(how):
+    x = torch.randn(3, 5, 12)
+    exact, same = (derive(lambda width, score=score: Scored(width, score), x, widths=(32, 64))["att"] for score in (SUMS[how], as_einsum))
+    assert (
+        (exact.fan_in, exact.fan_out, exact.copies, exact.role)
+        == (same.fan_in, same.fan_out, same.copies, same.role)
+        == (d, 1, 2, "output")
+    )
+    assert (exact.init_std, exact.lr) == (same.init_std, same.lr)
+    guessed, same = (derive(Scored(32, score), x)["att"] for score in (SUMS[how], as_einsum))  # 32 is a head's size there
+    assert (guessed.fan_in, guessed.init_std, guessed.lr) == (same.fan_in, same.init_std, same.lr)
+
+
+def test_the_flow_of_a_summed_product_is_that_of_a_readout():
+    table = derive(lambda width: Scored(width, SUMS["mul, sum"]), torch.randn(3, 5, 12), widths=(32, 64))
+    for family in ("adam", "muon"):
+        result = flow(table, family)
+        (score,) = [value for value in result.values if value.operator == "aten.sum" and "h * att" in value.source.code]
+        assert (score.init, score.first, score.change) == (-Rational(1, 2), 0, 0)
+        assert result.of("out").change == 0
+
+
+def test_a_matrix_times_a_vector_written_out_is_a_linear_map():
+    def written(width, product):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.out = nn.Linear(12, width), nn.Linear(width, 7)
+                self.W = nn.Parameter(torch.randn(2 * width, width))
+                self.back = nn.Linear(2 * width, width)
+
+            def forward(self, x):
+                return self.out(self.back(product(self.stem(x).relu(), self.W).relu()))
+
+        return Net()
+
+    plain, summed = (
+        derive(lambda width, product=product: written(width, product), torch.randn(3, 12), widths=(32, 64))["W"]
+        for product in (F.linear, lambda x, W: (x.unsqueeze(-2) * W).sum(-1))
+    )
+    assert (summed.fan_in, summed.fan_out, summed.role) == (plain.fan_in, plain.fan_out, plain.role) == (d, 2 * d, "hidden")
+    assert (summed.init_std, summed.lr) == (plain.init_std, plain.lr)
+
+
+GAINS = {
+    "over the tokens": lambda h, gain: (h * gain).sum(1, keepdim=True).sum(-1),
+    "used elsewhere too": lambda h, gain: (scaled := h * gain).mean(-1) + 0 * scaled.sum(-1),
+    "a mean, which has its 1/d": lambda h, gain: (h * gain).mean(-1),
+}
+
+
+@pytest.mark.parametrize("how", GAINS)
+def test_a_gain_stays_one_where_its_own_axis_is_not_summed_alone(how):
+    table = derive(lambda width: Scored(width, GAINS[how]), torch.randn(3, 5, 12), widths=(32, 64))
+    assert (table["att"].fan_in, table["att"].role) == (1, "vector")
+
+
+def test_softmax_over_the_edges_of_a_graph_has_a_flow():
+    class Edges(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.stem, self.att, self.out = nn.Linear(12, width), nn.Parameter(torch.randn(width)), nn.Linear(width, 7)
+
+        def forward(self, x, edges):
+            h, (source, target) = self.stem(x), edges
+            score = (F.leaky_relu(h[source] + h[target]) * self.att).sum(-1)
+            largest = torch.zeros(len(x)).scatter_reduce(0, target, score, "amax")
+            weights = (score - largest[target]).exp()
+            weights = weights / torch.zeros(len(x)).scatter_add(0, target, weights)[target]
+            return self.out(torch.zeros_like(h).index_add(0, target, h[source] * weights.unsqueeze(-1)))
+
+    edges = torch.cat([torch.randint(0, 9, (2, 30), generator=torch.Generator().manual_seed(0)), torch.arange(9).expand(2, 9)], dim=1)
+    result = flow(derive(Edges, (torch.randn(9, 12), edges), widths=(32, 64)), "adam")
+    assert result.unknown == ()
+    assert {value.change for value in result.values if value.operator in {"aten.scatter_reduce", "aten.scatter_add"}} == {0}
+    assert (result.of("out").init, result.of("out").change) == (-Rational(1, 2), 0)

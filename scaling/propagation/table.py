@@ -40,7 +40,7 @@ _ROWS: list[tuple[Rule, str]] = [
     # several values, entry by entry
     (added, "add sub rsub"),
     (multiplied, "mul div multiply divide true_divide"),
-    (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_add index_copy"),
+    (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_add index_copy scatter scatter_add scatter_reduce"),
     (placed, "slice_scatter select_scatter"),
     (zeros, "new_zeros zeros_like"),
     # over an axis
