@@ -45,7 +45,8 @@ def in_half(device, level):
 @pytest.mark.parametrize("level", ["fast", "default", "high"])
 @pytest.mark.parametrize(("m", "n", "count"), [(16, 16, 1000), (16, 64, 500), (32, 32, 300)])
 def test_fp16_diverges_on_no_matrix(level, m, n, count):
-    """Rows, columns and spectra of all sizes. If the second part held up to 1 only, one in a thousand would have a norm of 1.3 to 300."""
+    """Rows, columns and spectra of all sizes. Coefficients whose second part held up to 1 only gave one in
+    a thousand a norm of 1.3 to 300."""
     U, V = (torch.linalg.qr(torch.randn(count, side, m))[0] for side in (m, n))
     s = torch.exp(-12 * torch.rand(count, 1) * torch.rand(count, m).sort(1)[0])
     s = s * (torch.arange(m) < torch.randint(1, m + 1, (count, 1))) + 1e-5
