@@ -57,7 +57,7 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
                 raise BadGradient([_name(group, position)], "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
             gradients.append(local(W.grad))
             for block in group["blocks"] or ({},):
-                scale = {**group, **block}["norm_factor"]
+                scale = {**group, **block}["norm_scale"]
                 for G in _boxes(W, block, _name(group, position)):
                     norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
                     parts.setdefault(summed, []).append(norm * scale)

@@ -185,11 +185,11 @@ def _options(block: Block, recipe: Recipe, factors: Factors, ratio: float) -> di
         "update": recipe.update,
         "map": recipe.map,
         "momentum": recipe.momentum,
-        "lr_factor": factor * ratio,
-        "wd_factor": 1 / factor,
-        "eps_factor": factors.at(block.eps) if recipe.update == "adam" else 1.0,
-        "clip_factor": factors.at(block.spectral_norm / block.gradient) if recipe.map == "svc" else 1.0,
-        "norm_factor": factors.at(block.lr["sgd"]) ** 0.5,
+        "lr_scale": factor * ratio,
+        "wd_scale": 1 / factor,
+        "eps_scale": factors.at(block.eps) if recipe.update == "adam" else 1.0,
+        "clip_scale": factors.at(block.spectral_norm / block.gradient) if recipe.map == "svc" else 1.0,
+        "norm_scale": factors.at(block.lr["sgd"]) ** 0.5,
     }
 
 

@@ -97,7 +97,7 @@ class Plain:
             *([piece.buffers[name] for piece in self.pieces] for name in ("exp_avg", "exp_avg_sq")),
             lows=[piece.low for piece in self.pieces if piece.low is not None] or None,
             betas=(beta1, beta2),
-            eps=lane.o["eps"] * lane.o["eps_factor"],
+            eps=lane.o["eps"] * lane.o["eps_scale"],
             rate=lane.lr / correction(beta1, steps),
             decay=torch.ones_like(steps) - lane.lr * lane.decay,
             root=correction(beta2, steps).sqrt(),

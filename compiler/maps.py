@@ -135,7 +135,7 @@ def _sn(stack: Tensor, pieces: Sequence[Mappable]) -> Tensor:
 
 
 def _svc(stack: Tensor, pieces: Sequence[Mappable]) -> Tensor:
-    scales = [float(piece.o["clip"] * piece.o["clip_factor"]) for piece in pieces]
+    scales = [float(piece.o["clip"] * piece.o["clip_scale"]) for piece in pieces]
     if len(set(scales)) == 1:
         return svc(stack, scales[0])
     filled = [stack.new_full(piece.sizes[:1], scale, dtype=torch.float64) for piece, scale in zip(pieces, scales, strict=True)]

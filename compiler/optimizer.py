@@ -25,7 +25,16 @@ from compiler.gradients import Ready, over_any, read, watched
 from compiler.kernels import table
 from compiler.loading import check_state, exactly
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
-from compiler.options import NEW_OPTIONS, SCHEDULED, check_group, check_names, check_options, check_scheduled, in_plain_numbers
+from compiler.options import (
+    NEW_OPTIONS,
+    SCHEDULED,
+    check_group,
+    check_names,
+    check_options,
+    check_scheduled,
+    in_plain_numbers,
+    warn_of_scales_in,
+)
 from compiler.pieces import Lane, Piece, advance, directions, lanes, subtract_, write_
 from compiler.prepared import Prepared, layout_of
 from compiler.shards import local, placements
@@ -45,10 +54,10 @@ as weights before a zero-initialised projection get, and leave nothing to start 
 
 
 class SpectralOptimizer(Optimizer):
-    """W ← (1 - η·λ)·W - η·map(Φ) with η = lr·lr_factor, λ = weight_decay·wd_factor, Φ the base update.
+    """W ← (1 - η·λ)·W - η·map(Φ) with η = lr·lr_scale, λ = weight_decay·wd_scale, Φ the base update.
 
-    Every group carries the same nominal `lr`, which schedulers may write as they like: the factors are applied inside `step`.
-    With wd_factor = 1/lr_factor, as `compiler.compile` sets it, the fraction decayed per step is lr·weight_decay at every width.
+    Every group carries the same nominal `lr`, which schedulers may write as they like: the scales are applied inside `step`.
+    With wd_scale = 1/lr_scale, as `compiler.compile` sets it, the fraction decayed per step is lr·weight_decay at every width.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups of them; a group may set every option below for itself.
@@ -57,9 +66,9 @@ class SpectralOptimizer(Optimizer):
             torch.optim.SGD (dampening 0, decay coupled) and torch.optim.AdamW; "momentum" and "nesterov" are torch.optim.Muon's
             B ← μ·B + (1 - μ)·G; "sign" is the sign of that.
         map: a name of `MAPS`: "msign" (U·Vᵀ), "sn" (Φ/‖Φ‖₂, from a block of 16 vectors kept in the state) or "svc"
-            (U·min(λ·S, 1)·Vᵀ with λ = clip·clip_factor); or None.
+            (U·min(λ·S, 1)·Vᵀ with λ = clip·clip_scale); or None.
         weight_decay: decoupled, except for "sgd" without a map; a float or a one-element tensor.
-        momentum, betas, eps: of the base update; Adam's ε is eps·eps_factor.
+        momentum, betas, eps: of the base update; Adam's ε is eps·eps_scale.
         clip: λ of "svc".
         accuracy: of `compiler.msign`.
         strict: "sn" never exceeds spectral norm 1 (`compiler.spectral_norm`).
@@ -67,8 +76,7 @@ class SpectralOptimizer(Optimizer):
             and its state, as they are to the bit and counts it in `skipped`; "raise" raises before anything is changed, and so waits
             for the device.
         maximize: ascend.
-        lr_factor, wd_factor, eps_factor, clip_factor: see above; not `lr_scale`, which timm's and others' loops would apply once
-            more. norm_factor is read by `compiler.clip_grad_norm_`.
+        lr_scale, wd_scale, eps_scale, clip_scale: see above. norm_scale is read by `compiler.clip_grad_norm_`.
         travel: how base updates and updates go between ranks under "msign" and "svc": "full", in working precision; "half", in fp16
             with an exponent per matrix, which rounds every entry of both to 11 bits; "auto", "half" on CUDA, else "full".
         process_group: a group whose ranks hold the same replicated weights (DDP) and share the work on their matrices: each is
@@ -299,6 +307,7 @@ class SpectralOptimizer(Optimizer):
             if self._checked.get(number) != options:
                 check_options(group)
                 self._checked[number] = options
+        warn_of_scales_in(self.param_groups)
 
     def _entries(self) -> list[Ready]:
         """All weights."""
@@ -427,8 +436,8 @@ class SpectralOptimizer(Optimizer):
     def _set_lane(self, lane: Lane, entry: Ready) -> None:
         """Bring the options of a lane up to date, from a weight of it."""
         lane.o = {**entry.group, **(entry.group["blocks"] or ({},))[lane.key[-1]]}
-        lane.lr = _number(entry, lane.o["lr"]) * lane.o["lr_factor"]
-        lane.decay = _number(entry, lane.o["weight_decay"]) * lane.o["wd_factor"]
+        lane.lr = _number(entry, lane.o["lr"]) * lane.o["lr_scale"]
+        lane.decay = _number(entry, lane.o["weight_decay"]) * lane.o["wd_scale"]
 
     def _count(self, entries: list[Ready]) -> None:
         """Count the step of weights of one group."""

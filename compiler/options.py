@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from numbers import Real
@@ -32,11 +33,11 @@ NEW_OPTIONS: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "clip": 1.0,
-    "lr_factor": 1.0,
-    "wd_factor": 1.0,
-    "eps_factor": 1.0,
-    "clip_factor": 1.0,
-    "norm_factor": 1.0,
+    "lr_scale": 1.0,
+    "wd_scale": 1.0,
+    "eps_scale": 1.0,
+    "clip_scale": 1.0,
+    "norm_scale": 1.0,
     "accuracy": "default",
     "strict": False,
     "nonfinite": "skip",
@@ -55,11 +56,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "momentum": (0, 1),
     "eps": (0, math.inf),
     "clip": (0, math.inf),
-    "lr_factor": (0, math.inf),
-    "wd_factor": (0, math.inf),
-    "eps_factor": (0, math.inf),
-    "clip_factor": (0, math.inf),
-    "norm_factor": (0, math.inf),
+    "lr_scale": (0, math.inf),
+    "wd_scale": (0, math.inf),
+    "eps_scale": (0, math.inf),
+    "clip_scale": (0, math.inf),
+    "norm_scale": (0, math.inf),
     "workspace": (0, math.inf),
 }
 """Option -> [from, below)."""
@@ -131,6 +132,19 @@ def check_scheduled(group: dict[str, Any]) -> None:
     for name in SCHEDULED:
         if not isinstance(group[name], Tensor):
             _check_range(name, group[name])
+
+
+def warn_of_scales_in(groups: Sequence[dict[str, Any]]) -> None:
+    """Say so where rates were multiplied by lr_scale outside, as timm's schedulers, MAE and many loops do where a group has that key."""
+    rates = [(group["lr"], group["lr_scale"]) for group in groups]
+    if len({lr for lr, _ in rates if not isinstance(lr, Tensor)}) < 2 or any(isinstance(lr, Tensor) or scale == 0 for lr, scale in rates):
+        return
+    nominal = [lr / scale for lr, scale in rates]
+    if max(nominal) - min(nominal) < 1e-6 * max(nominal):
+        message = (
+            "every group's lr is multiplied by its lr_scale already, and step() does that once more: write the same lr into all groups"
+        )
+        warnings.warn(message, stacklevel=6)  # past what torch wraps step() in
 
 
 def check_names(group: dict[str, Any]) -> None:

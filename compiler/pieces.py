@@ -26,7 +26,7 @@ __all__ = ["Lane", "Piece", "advance", "directions", "keep_", "lanes", "subtract
 
 @dataclass
 class Lane:
-    """The options of one block of a group's weights in one step; lr = lr·lr_factor, decay = weight_decay·wd_factor.
+    """The options of one block of a group's weights in one step; lr = lr·lr_scale, decay = weight_decay·wd_scale.
 
     lr and decay are floats, or 0-d tensors where a schedule on the device may write them; no two lanes have the same key.
     """

@@ -82,7 +82,7 @@ def sign(G: list[Tensor], buffers: Buffers, o: Options, steps: Scalars) -> Direc
 
 
 def adam(G: list[Tensor], buffers: Buffers, o: Options, steps: Scalars) -> Direction:
-    """Φ = m̂ / (√v̂ + ε), ε = eps·eps_factor: torch.optim.AdamW, operation for operation."""
+    """Φ = m̂ / (√v̂ + ε), ε = eps·eps_scale: torch.optim.AdamW, operation for operation."""
     beta1, beta2 = o["betas"]
     m, v = buffers["exp_avg"], buffers["exp_avg_sq"]
     torch._foreach_lerp_(m, G, 1 - beta1)
@@ -90,7 +90,7 @@ def adam(G: list[Tensor], buffers: Buffers, o: Options, steps: Scalars) -> Direc
     torch._foreach_addcmul_(v, G, G, value=1 - beta2)
     denominators = list(torch._foreach_sqrt(v))
     torch._foreach_div_(denominators, [root**0.5 for root in _corrections(beta2, steps)])
-    torch._foreach_add_(denominators, o["eps"] * o["eps_factor"])
+    torch._foreach_add_(denominators, o["eps"] * o["eps_scale"])
     return Direction(m, denominators, _corrections(beta1, steps))
 
 

@@ -46,7 +46,7 @@ def model(device="cpu", dtype=torch.float32):
     ]
 
 
-QKV = [{"axes": [[[24, "out", a, a + 8]], [[10, "in", 0, 10]]], "lr_factor": scale} for a, scale in ((0, 1.0), (8, 2.0), (16, 0.5))]
+QKV = [{"axes": [[[24, "out", a, a + 8]], [[10, "in", 0, 10]]], "lr_scale": scale} for a, scale in ((0, 1.0), (8, 2.0), (16, 0.5))]
 
 
 def optimizer_of(W, lr=0.1, **options):

@@ -160,7 +160,7 @@ def test_optimuon_cannot_mix_tensors_and_dtensors(tmp_path):
 
 
 def clipping_sees_whole_gradients():
-    qkv = [{"axes": [[[9, "out", a, a + 3]], [[10, "in", 0, 10]]], "norm_factor": scale} for a, scale in ((0, 1.0), (3, 2.0), (6, 0.5))]
+    qkv = [{"axes": [[[9, "out", a, a + 3]], [[10, "in", 0, 10]]], "norm_scale": scale} for a, scale in ((0, 1.0), (3, 2.0), (6, 0.5))]
     mesh = init_device_mesh("cpu", (2,))
     for place in (Shard(0), Shard(1), Replicate()):
         alone, sharded = fresh(), fresh(shard=True)
@@ -171,7 +171,7 @@ def clipping_sees_whole_gradients():
             G = torch.randn(9, 10, generator=torch.Generator().manual_seed(0))
             weight.grad = distribute_tensor(G, mesh, [place]) if isinstance(weight, DTensor) else G
         groups = [
-            [{"params": list(model.parameters()), "map": None, "norm_factor": 3.0}, {"params": [weight], "blocks": qkv}]
+            [{"params": list(model.parameters()), "map": None, "norm_scale": 3.0}, {"params": [weight], "blocks": qkv}]
             for model, weight in ((alone, W), (sharded, V))
         ]
         norms = [compiler.clip_grad_norm_(SpectralOptimizer(group, 0.1), 0.5) for group in groups]

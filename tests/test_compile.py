@@ -195,22 +195,22 @@ def test_factors_of_every_role_are_the_tables():
     _, sgd = compiler.compile(Net(WIDTH), TABLE, "sgd", lr=0.1, init=None)
     _, adam = compiler.compile(Net(WIDTH), TABLE, "adam", lr=0.1, init=None)
     for name, (by_sgd, by_adam, eps) in expected.items():
-        assert options_of(sgd, name)["lr_factor"] == pytest.approx(by_sgd)
-        assert options_of(adam, name)["lr_factor"] == pytest.approx(by_adam)
-        assert options_of(adam, name)["eps_factor"] == pytest.approx(eps)
+        assert options_of(sgd, name)["lr_scale"] == pytest.approx(by_sgd)
+        assert options_of(adam, name)["lr_scale"] == pytest.approx(by_adam)
+        assert options_of(adam, name)["eps_scale"] == pytest.approx(eps)
         for optimizer in (sgd, adam):
             o = options_of(optimizer, name)
-            assert o["lr_factor"] * o["wd_factor"] == pytest.approx(1)
-            assert o["norm_factor"] ** 2 == pytest.approx(by_sgd)
+            assert o["lr_scale"] * o["wd_scale"] == pytest.approx(1)
+            assert o["norm_scale"] ** 2 == pytest.approx(by_sgd)
 
 
 def test_the_width_is_the_models_and_base_divides():
     for width in (8, 16, 64):
         _, absolute = compiler.compile(Net(width), TABLE, "adam", lr=0.1, init=None)
         _, relative = compiler.compile(Net(width), TABLE, "adam", lr=0.1, init=None, base=BASE)
-        assert options_of(absolute, "qkv.weight")["lr_factor"] == pytest.approx(1 / width)
-        assert options_of(relative, "qkv.weight")["lr_factor"] == pytest.approx(BASE / width)
-        assert options_of(relative, "head.bias")["lr_factor"] == 1
+        assert options_of(absolute, "qkv.weight")["lr_scale"] == pytest.approx(1 / width)
+        assert options_of(relative, "qkv.weight")["lr_scale"] == pytest.approx(BASE / width)
+        assert options_of(relative, "head.bias")["lr_scale"] == 1
         assert {group["lr"] for group in relative.param_groups} == {0.1}
 
 
@@ -229,7 +229,7 @@ def test_routing(name, matrices):
         assert o["update"] == (recipe.update if mapped or not recipe.map else "adam")
         if mapped and recipe.map:
             rule_block = TABLE[key[0]].blocks[key[1]]
-            assert o["lr_factor"] == pytest.approx(math.sqrt((rule_block.fan_out / rule_block.fan_in).subs(d, WIDTH)))
+            assert o["lr_scale"] == pytest.approx(math.sqrt((rule_block.fan_out / rule_block.fan_in).subs(d, WIDTH)))
     names = [n for group in optimizer.param_groups for n in group["param_names"]]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
     train(model, optimizer)
@@ -251,19 +251,19 @@ def test_each_map_keeps_the_update_at_its_spectral_norm():
 
 def test_svc_carries_the_pre_scale_of_the_seed():
     _, absolute = compiler.compile(Net(WIDTH), TABLE, "svc", lr=0.1, clip=5.0)
-    assert options_of(absolute, "conv.weight")["clip_factor"] == pytest.approx(3**-0.5)
+    assert options_of(absolute, "conv.weight")["clip_scale"] == pytest.approx(3**-0.5)
     assert options_of(absolute, "conv.weight")["clip"] == 5.0
     _, relative = compiler.compile(Net(WIDTH), TABLE, "svc", lr=0.1, base=lambda: Net(BASE))
-    assert options_of(relative, "conv.weight")["clip_factor"] == 1
+    assert options_of(relative, "conv.weight")["clip_scale"] == 1
 
 
 def test_rest_and_rest_lr():
     model, optimizer = compiler.compile(MLP(WIDTH), MLP_TABLE, "muon", lr=0.1, rest="sgd", rest_lr=0.01, weight_decay=0.2)
     o = options_of(optimizer, "a.weight")
     assert o["update"] == "sgd"
-    assert o["lr"] * o["lr_factor"] == pytest.approx(0.01 * WIDTH / 5)
-    assert o["lr"] * o["lr_factor"] * o["wd_factor"] == pytest.approx(0.01)
-    assert options_of(optimizer, "b.weight")["lr_factor"] == 1
+    assert o["lr"] * o["lr_scale"] == pytest.approx(0.01 * WIDTH / 5)
+    assert o["lr"] * o["lr_scale"] * o["wd_scale"] == pytest.approx(0.01)
+    assert options_of(optimizer, "b.weight")["lr_scale"] == 1
     train(model, optimizer, inputs=torch.randn(4, 5))
     _, optimizer = compiler.compile(MLP(WIDTH), MLP_TABLE, "muon", lr=0.1, nesterov=True, momentum=0.8)
     assert options_of(optimizer, "b.weight")["update"] == "nesterov"

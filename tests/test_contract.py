@@ -49,7 +49,7 @@ def same(optimizer, weights, other, others):
 
 
 @pytest.mark.parametrize(
-    "key", ["foreach", "fused", "nesterov", "amsgrad", "dampening", "ns_steps", "weight_decy", "beta", "maximise", "lr_factors"]
+    "key", ["foreach", "fused", "nesterov", "amsgrad", "dampening", "ns_steps", "weight_decy", "beta", "maximise", "lr_scales"]
 )
 def test_an_option_of_torchs_or_a_misspelt_one_is_refused(key):
     """In torch's optimizers it is kept in the group and does nothing."""
@@ -68,7 +68,7 @@ def test_a_group_may_hold_what_its_owner_and_schedulers_like():
         SpectralOptimizer([W], 0.1, foreach=True)
 
 
-@pytest.mark.parametrize("key", ["maximize", "capturable", "master", "workspace", "nonfinite", "lr_scale", "blocks"])
+@pytest.mark.parametrize("key", ["maximize", "capturable", "master", "workspace", "nonfinite", "lr_mult", "blocks"])
 def test_an_option_that_no_block_has_for_itself_is_refused(key):
     axes = [[[4, "out", 0, 4]], [[6, "in", 0, 6]]]
     with pytest.raises(UnknownName, match=f"unknown option of a block '{key}'; known: axes, lr"):
@@ -101,7 +101,7 @@ def test_numbers_of_other_packages_become_floats(of):
     """torch.load refuses numpy's in a checkpoint."""
     half, axes = of(1) / of(2), [[[4, "out", 0, 4]], [[6, "in", 0, 6]]]
     W = weight(4, 6)
-    groups = [{"params": [W], "lr_factor": half, "blocks": [{"axes": axes, "wd_factor": half}]}]
+    groups = [{"params": [W], "lr_scale": half, "blocks": [{"axes": axes, "wd_scale": half}]}]
     optimizer = SpectralOptimizer(groups, half, weight_decay=half, momentum=half)
     train(optimizer, [W])
     group = optimizer.state_dict()["param_groups"][0]
@@ -110,8 +110,8 @@ def test_numbers_of_other_packages_become_floats(of):
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     assert torch.load(file)["param_groups"][0]["lr"] == 0.5
-    assert all(type(group[name]) is float for name in ("lr", "weight_decay", "momentum", "lr_factor"))
-    assert type(group["blocks"][0]["wd_factor"]) is float
+    assert all(type(group[name]) is float for name in ("lr", "weight_decay", "momentum", "lr_scale"))
+    assert type(group["blocks"][0]["wd_scale"]) is float
     optimizer.param_groups[0]["lr"] = half  # as a schedule of one's own may write it
     train(optimizer, [W])
 
@@ -394,7 +394,7 @@ def test_one_cycle_a_group_added_and_a_checkpoint_together(capturable, tensor, u
         return optimizer, W
 
     def add(optimizer, W):
-        optimizer.add_param_group({"params": [("b", W[1])], "lr_factor": 2.0, "map": "sn"})
+        optimizer.add_param_group({"params": [("b", W[1])], "lr_scale": 2.0, "map": "sn"})
         optimizer.add_param_group({"params": [("c", W[2])], "map": None, "update": "adam"})
 
     def cycle(optimizer):
@@ -438,10 +438,10 @@ def test_a_copy_knows_all_options_and_is_independent():
     other, [V] = copy.deepcopy((optimizer, [W]))
     assert {name: other.param_groups[0][name] for name in NEW_OPTIONS} == {name: optimizer.param_groups[0][name] for name in NEW_OPTIONS}
     before = copy.deepcopy((optimizer, [W]))
-    other.param_groups[0]["blocks"][0]["lr_factor"] = 9.0
+    other.param_groups[0]["blocks"][0]["lr_scale"] = 9.0
     train(other, [V], range(3, 5))
     assert same(optimizer, [W], *before)
-    assert "lr_factor" not in optimizer.param_groups[0]["blocks"][0]
+    assert "lr_scale" not in optimizer.param_groups[0]["blocks"][0]
 
 
 # --- what is around an optimizer ----------------------------------------------------------------------------------------------

@@ -328,14 +328,14 @@ def test_at_the_depth_and_width_of_the_base_everything_is_the_users_own():
     table, model = derive(Residual(), (X,), depth=True), Residual()
     before = copy.deepcopy(model.state_dict())
     model, opt = compiler.compile(model, table, "adam", lr=1e-3, base=32, base_depth=4)
-    assert all(group["lr_factor"] == group["wd_factor"] == group["eps_factor"] == 1 for group in opt.param_groups)
+    assert all(group["lr_scale"] == group["wd_scale"] == group["eps_scale"] == 1 for group in opt.param_groups)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_base_model_with_fewer_blocks_gives_the_ratios_of_its_depth():
     table = derive(Residual(blocks=8), (X,), depth="1/2")
     model, opt = compiler.compile(gpt2_init(Residual(blocks=8), 0.5), table, "adam", lr=1e-3, base=gpt2_init(Residual(blocks=2), 0.5))
-    scales = {name: group["lr_factor"] for group in opt.param_groups for name in group["param_names"]}
+    scales = {name: group["lr_scale"] for group in opt.param_groups for name in group["param_names"]}
     assert scales["blocks.7.up.weight"] == pytest.approx(4**-0.5)
     assert scales["blocks.7.down.weight"] == pytest.approx(1 / 4)
     assert scales["embed.weight"] == scales["norm.weight"] == scales["head.weight"] == 1

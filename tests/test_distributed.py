@@ -23,7 +23,7 @@ def matrix(m, n):
 MUON = {"map": "msign", "blocks": None}
 ADAM = {"map": None, "update": "adam"}
 HEADS = [[[5, "copy", 0, 5], [3, "out", 0, 3]], [[14, "in", 0, 14]]]  # cut by every way of sharding 15 rows
-QKV = [{"axes": [[[24, "out", a, a + 8]], [[10, "in", 0, 10]]], "lr_factor": scale} for a, scale in ((0, 1.0), (8, 2.0), (16, 0.5))]
+QKV = [{"axes": [[[24, "out", a, a + 8]], [[10, "in", 0, 10]]], "lr_scale": scale} for a, scale in ((0, 1.0), (8, 2.0), (16, 0.5))]
 PARITY = [{"axes": [[[9, "out", 0, 9], [2, "copy", i, i + 1]], [[7, "in", 0, 7]]], "update": u} for i, u in ((0, "momentum"), (1, "adam"))]
 MIXED = [{"axes": [[[11, "out", 0, 6]], [[6, "in", 0, 6]]]}, {"axes": [[[11, "out", 6, 11]], [[6, "in", 0, 6]]], **ADAM}]
 EXPERTS = [{"axes": [[[6, "copy", 0, 6]], [[5, "out", 0, 5]], [[8, "in", 0, 8]]]}]

@@ -106,7 +106,7 @@ def test_every_map_on_a_plain_gradient(shape, device):
     for name in MAPS:
         W = nn.Parameter(torch.zeros(shape, device=device))
         W.grad = X.clone()
-        group = {"params": [W], "lr_factor": 2.0, "clip_factor": 4.0}
+        group = {"params": [W], "lr_scale": 2.0, "clip_scale": 4.0}
         SpectralOptimizer([group], 0.1, "sgd", name, momentum=0.0, clip=0.05, accuracy="high").step()
         torch.testing.assert_close(W.detach(), -0.2 * expected[name], atol=1e-5, rtol=0)
         assert torch.equal(W.grad, X)
@@ -172,7 +172,7 @@ def test_a_small_workspace_changes_nothing(map):
 D = 6
 ROWS = {"q": (0, D), "k": (D, D + 2), "v": (D + 2, D + 4)}
 QKV = [{"axes": [[[D + 4, "out", *rows]], [[D, "in", 0, D]]]} for rows in ROWS.values()]
-INTERLEAVED = [{"axes": [[[4, "out", 0, 4], [2, "out", part, part + 1]], [[5, "in", 0, 5]]], "lr_factor": 1.0 + part} for part in range(2)]
+INTERLEAVED = [{"axes": [[[4, "out", 0, 4], [2, "out", part, part + 1]], [[5, "in", 0, 5]]], "lr_scale": 1.0 + part} for part in range(2)]
 EXPERTS = [{"axes": [[[3, "copy", 0, 3]], [[7, "in", 0, 7]], [[5, "out", 0, 5]]]}]
 CONV = [{"axes": [[[8, "out", 0, 8]], [[4, "in", 0, 4]], [[3, "in", 0, 3]], [[3, "in", 0, 3]]]}]
 GROUPED = [{"axes": [[[2, "copy", 0, 2], [4, "out", 0, 4]], [[3, "in", 0, 3]], [[3, "in", 0, 3]], []]}]
@@ -228,7 +228,7 @@ def test_a_block_may_take_another_update_than_its_neighbour():
     W = nn.Parameter(X.clone())
     blocks = [
         {"axes": [[[9, "out", 0, 6]], [[5, "in", 0, 5]]], "map": "msign", "update": "momentum"},
-        {"axes": [[[9, "out", 6, 9]], [[5, "in", 0, 5]]], "map": None, "update": "adam", "lr_factor": 0.5, "wd_factor": 2.0},
+        {"axes": [[[9, "out", 6, 9]], [[5, "in", 0, 5]]], "map": None, "update": "adam", "lr_scale": 0.5, "wd_scale": 2.0},
     ]
     top, bottom = nn.Parameter(X[:6].clone()), nn.Parameter(X[6:].clone())
     fused = SpectralOptimizer([{"params": [W], "blocks": blocks}], 0.1, weight_decay=0.1)
@@ -270,7 +270,7 @@ def test_blocks_that_do_not_partition_the_weight_are_refused(axes):
 
 def test_the_scales_multiply_lr_decay_and_eps():
     ours, theirs = twins((6, 4))
-    group = {"params": ours, "lr_factor": 0.25, "wd_factor": 4.0, "eps_factor": 100.0}
+    group = {"params": ours, "lr_scale": 0.25, "wd_scale": 4.0, "eps_scale": 100.0}
     a = train(SpectralOptimizer([group], 0.1, "adam", None, weight_decay=0.1, eps=1e-4), ours)[0]
     b = train(torch.optim.AdamW(theirs, lr=0.025, weight_decay=0.4, eps=1e-2), theirs)[0]
     torch.testing.assert_close(a, b)
@@ -280,7 +280,7 @@ def test_the_scales_multiply_lr_decay_and_eps():
 def test_the_decay_per_step_is_lr_times_weight_decay_whatever_the_scale(map):
     W = nn.Parameter(torch.ones(4, 4))
     W.grad = torch.zeros(4, 4)
-    SpectralOptimizer([{"params": [W], "lr_factor": 1 / 3, "wd_factor": 3.0}], 0.5, "momentum", map, weight_decay=0.1).step()
+    SpectralOptimizer([{"params": [W], "lr_scale": 1 / 3, "wd_scale": 3.0}], 0.5, "momentum", map, weight_decay=0.1).step()
     torch.testing.assert_close(W.detach(), torch.full((4, 4), 0.95))
 
 
@@ -297,7 +297,7 @@ SCHEDULERS = {
 def test_schedulers_keep_the_ratio_of_effective_learning_rates(scheduler, tensor):
     W, V = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
     lr = torch.tensor(0.1) if tensor else 0.1
-    optimizer = SpectralOptimizer([{"params": [W], "lr_factor": 8.0}, {"params": [V], "lr_factor": 0.5}], lr, "sgd", None, momentum=0.0)
+    optimizer = SpectralOptimizer([{"params": [W], "lr_scale": 8.0}, {"params": [V], "lr_scale": 0.5}], lr, "sgd", None, momentum=0.0)
     schedule = SCHEDULERS[scheduler](optimizer)
     seen = set()
     for _ in range(6):
@@ -311,21 +311,6 @@ def test_schedulers_keep_the_ratio_of_effective_learning_rates(scheduler, tensor
     assert len(seen) > 2
 
 
-def test_a_loop_that_applies_lr_scale_itself_does_not_apply_ours_again():
-    """MAE, BEiT, timm and many more: `group["lr"] = lr * group["lr_scale"]` if there is such a key."""
-    weights = parameters((4, 4), (4, 4))
-    groups = [{"params": [W], "lr_factor": factor} for W, factor in zip(weights, (8.0, 0.5), strict=True)]
-    optimizer = SpectralOptimizer(groups, 0.1, "sgd", None, momentum=0.0)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.2 * group.get("lr_scale", 1.0) * group.get("lr_mult", 1.0) * group.get("lr_multiplier", 1.0)
-    before = [W.detach().clone() for W in weights]
-    for W in weights:
-        W.grad = torch.ones(4, 4)
-    optimizer.step()
-    moved = [(b - W.detach()).mean().item() for b, W in zip(before, weights, strict=True)]
-    assert moved == pytest.approx([1.6, 0.1], rel=1e-5)
-
-
 # --- torch's contract ---------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +319,21 @@ def mixed(lr=0.1, **options):
     weights = parameters((6, 10), (10, 6), (7,))
     groups = [{"params": [("w.0", weights[0]), ("w.1", weights[1])]}, {"params": [("b", weights[2])], **BIAS}]
     return weights, SpectralOptimizer(groups, lr, **options)
+
+
+def test_a_loop_that_applies_lr_scale_itself_is_told_so():
+    """timm, MAE and many more: `group["lr"] = lr * group["lr_scale"]` where there is such a key."""
+    groups = [{"params": [W], "lr_scale": factor} for W, factor in zip(parameters((4, 4), (4, 4), (4, 4)), (8.0, 0.5, 0.5), strict=True)]
+    optimizer = SpectralOptimizer(groups, 0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.3 * group["lr_scale"]
+    with pytest.warns(UserWarning, match="multiplied by its lr_scale already") as told:
+        optimizer.step()
+    assert told[0].filename == __file__
+    for rates in ((0.1, 0.1, 0.1), (0.0, 0.0, 0.0), (0.8, 0.05, 0.04), (0.1, 0.2, 0.3)):
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        optimizer.step()
 
 
 @pytest.mark.parametrize("map", MAPS)
@@ -669,7 +669,7 @@ def test_at_scale_one_clipping_is_torchs():
 def test_clipping_weighs_every_block():
     W = nn.Parameter(torch.zeros(D + 4, D))
     W.grad = torch.ones(D + 4, D)
-    blocks = [{**block, "norm_factor": float(i + 1)} for i, block in enumerate(QKV)]
+    blocks = [{**block, "norm_scale": float(i + 1)} for i, block in enumerate(QKV)]
     optimizer = SpectralOptimizer([{"params": [W], "blocks": blocks}], 0.1)
     expected = (6 * 6 * 1 + 2 * 6 * 4 + 2 * 6 * 9) ** 0.5
     assert clip_grad_norm_(optimizer, 2 * expected).item() == pytest.approx(expected)

@@ -568,16 +568,16 @@ def test_a_tied_embedding_trains_bit_identically_in_forms_b_and_c(trained, optio
 
 # THEORY 6.4 "must fail": what is done instead of the shift, as (option, power of θ by which it is off).
 NAIVE = {
-    "SGD at 1/θ": ("sgd", ("lr_factor", 1)),
-    "momentum at 1/θ": ("sgd with momentum", ("lr_factor", 1)),
-    "Adam at 1/θ²": ("adam", ("lr_factor", -1)),
-    "sign at 1/θ²": ("sign", ("lr_factor", -1)),
-    "muon at 1/θ²": ("muon", ("lr_factor", -1)),
-    "SN at 1/θ²": ("sn", ("lr_factor", -1)),
-    "constant ε": ("adam", ("eps_factor", -1)),
-    "SVC at a constant λ": ("svc", ("clip_factor", 1)),
-    "AdamW at a constant coupled λ": ("adam", ("wd_factor", -1)),
-    "SGD with L2 at a constant λ": ("sgd", ("wd_factor", -2)),
+    "SGD at 1/θ": ("sgd", ("lr_scale", 1)),
+    "momentum at 1/θ": ("sgd with momentum", ("lr_scale", 1)),
+    "Adam at 1/θ²": ("adam", ("lr_scale", -1)),
+    "sign at 1/θ²": ("sign", ("lr_scale", -1)),
+    "muon at 1/θ²": ("muon", ("lr_scale", -1)),
+    "SN at 1/θ²": ("sn", ("lr_scale", -1)),
+    "constant ε": ("adam", ("eps_scale", -1)),
+    "SVC at a constant λ": ("svc", ("clip_scale", 1)),
+    "AdamW at a constant coupled λ": ("adam", ("wd_scale", -1)),
+    "SGD with L2 at a constant λ": ("sgd", ("wd_scale", -2)),
 }
 
 

@@ -90,7 +90,7 @@ def test_scion_has_no_state_that_a_distributed_checkpoint_could_take(map, update
     model = nn.Sequential(nn.Linear(6, 10, bias=False), nn.Linear(10, 4, bias=False))
     twin, third = copy.deepcopy(model), copy.deepcopy(model)
     make = [
-        lambda of: SpectralOptimizer([{"params": of[0].parameters()}, {"params": of[1].parameters(), "lr_factor": 2.0}], 0.1, update, map)
+        lambda of: SpectralOptimizer([{"params": of[0].parameters()}, {"params": of[1].parameters(), "lr_scale": 2.0}], 0.1, update, map)
     ]
     optimizer, other, third_optimizer = (make[0](of) for of in (model, twin, third))
 
@@ -163,7 +163,7 @@ def test_newton_schulz_quintic_overshoots_the_spectral_norm_by_a_fifth():
 
 def test_mup_divides_a_shared_lr_tensor_group_by_group():
     lr = torch.tensor(0.5)
-    groups = [{"params": [weight(4, 6)], "lr_factor": scale} for scale in (0.5, 0.25)]
+    groups = [{"params": [weight(4, 6)], "lr_scale": scale} for scale in (0.5, 0.25)]
     optimizer = SpectralOptimizer(groups, lr)
     optimizer.step()
     assert [group["lr"].item() for group in optimizer.param_groups] == [0.5, 0.5]

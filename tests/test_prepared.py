@@ -39,8 +39,8 @@ CHANGES = {
     "a gradient that is gone": lambda a, b: [setattr(X.param_groups[0]["params"][0], "grad", None) for X in (a, b)],
     "options": lambda a, b: [X.param_groups[0].update(accuracy="high", momentum=0.5, lr=0.3, weight_decay=0.0) for X in (a, b)],
     "the map": lambda a, b: [X.param_groups[0].update(map="sn") for X in (a, b)],
-    "betas": lambda a, b: [X.param_groups[2].update(betas=(0.5, 0.9), eps=1e-3, lr_factor=3.0) for X in (a, b)],
-    "blocks": lambda a, b: [X.param_groups[1].update(blocks=[*QKV[:2], {**QKV[2], "lr_factor": 5.0}]) for X in (a, b)],
+    "betas": lambda a, b: [X.param_groups[2].update(betas=(0.5, 0.9), eps=1e-3, lr_scale=3.0) for X in (a, b)],
+    "blocks": lambda a, b: [X.param_groups[1].update(blocks=[*QKV[:2], {**QKV[2], "lr_scale": 5.0}]) for X in (a, b)],
     "state from elsewhere": lambda a, b: [X.load_state_dict(copy.deepcopy(X.state_dict())) for X in (a, b)],
     "a new group": lambda a, b: [X.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, 4))]}) for X in (a, b)],
 }

@@ -68,7 +68,7 @@ def test_one_seed_and_three_widths_pass_the_derived_rules_and_find_one_rate_that
         model, opt = compiler.compile(build(d), table, optimizer, lr=OPTIMIZERS[optimizer])
         for group in opt.param_groups:
             if name in group["param_names"]:
-                group["lr_factor"] *= (d / widths[0]) ** power
+                group["lr_scale"] *= (d / widths[0]) ** power
         return model, opt
 
     right = coordinate_check(trained, data, widths, seeds=(0,), table=table)
@@ -170,7 +170,7 @@ def test_the_spectral_norm_of_a_gaussian_matrix_is_the_sum_of_roots(m, n):
 
 
 def test_schedulers_keep_the_ratio_of_effective_learning_rates():
-    """USERS 46: one nominal lr in every group, lr_factor inside the step."""
+    """USERS 46: one nominal lr in every group, lr_scale inside the step."""
     table = derive(MLP, widths=(64, 128))
     for schedule in (
         lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10),
@@ -182,7 +182,7 @@ def test_schedulers_keep_the_ratio_of_effective_learning_rates():
         for _ in range(9):
             opt.step()
             scheduler.step()
-            effective = [group["lr"] * group["lr_factor"] for group in opt.param_groups]
+            effective = [group["lr"] * group["lr_scale"] for group in opt.param_groups]
             ratios.add(tuple(round(rate / effective[0], 12) for rate in effective))
         assert len(ratios) == 1
         assert len(set(next(iter(ratios)))) > 1
