@@ -38,7 +38,7 @@ class Direction(NamedTuple):
         if isinstance(lr, Tensor) or any(isinstance(c, Tensor) for c in self.corrections or ()):
             rates = [lr / c for c in self.corrections] if self.corrections else [lr] * len(weights)
             steps = self.numerators if self.denominators is None else torch._foreach_div(self.numerators, self.denominators)
-            torch._foreach_sub_(weights, [step * rate for step, rate in zip(steps, rates, strict=True)])
+            torch._foreach_sub_(weights, [step.to(W.dtype) * rate for W, step, rate in zip(weights, steps, rates, strict=True)])
         elif self.denominators is None or self.corrections is None:
             torch._foreach_add_(weights, self.numerators, alpha=-lr)
         else:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiler import SpectralOptimizer, kernels
+from compiler.bits import LOW, join
 from compiler.errors import BadGradient, NotReady
 from compiler.maps import MAPS
 from compiler.updates import UPDATES
@@ -135,6 +136,16 @@ def test_a_first_gradient_that_is_spoilt_leaves_a_state_of_zeros():
     set_gradients(W, 1)
     optimizer.step()
     assert optimizer.state[W[3]]["step"] == 1
+
+
+@pytest.mark.parametrize("update", ["sgd", "momentum", "sign"])
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_a_rate_is_not_rounded_to_the_dtype_of_a_gradient(update, number):
+    (w,) = W = [nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))]
+    optimizer = SpectralOptimizer(W, number(0.001), update, None, momentum=0.0, capturable=True, master=True)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    torch.testing.assert_close(join(w.detach(), optimizer.state[w][LOW]), torch.full((4, 6), 0.999), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("master", [False, True])
