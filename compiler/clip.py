@@ -43,7 +43,7 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     """
     if not isinstance(max_norm, Real) or not float(max_norm) >= 0:
         raise BadOption("max_norm", max_norm, "a number of at least 0")
-    if not all("norm_factor" in group for group in getattr(optimizer, "param_groups", [{}])):
+    if not all("norm_scale" in group for group in getattr(optimizer, "param_groups", [{}])):
         raise BadOption("optimizer", type(optimizer).__name__, "a SpectralOptimizer; torch's clip_grad_norm_ serves others")
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     gradients = []
