@@ -60,7 +60,7 @@ class SpectralOptimizer(Optimizer):
     With wd_scale = 1/lr_scale, as `compiler.compile` sets it, the fraction decayed per step is lr·weight_decay at every width.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups of them; a group may set every option below for itself.
+        params: tensors, (name, tensor) pairs, or groups of them; a group may set every option below but process_group for itself.
         lr: the nominal learning rate, a float or a one-element tensor.
         update: the base update Φ, a name of `UPDATES`: "sgd" and "adam" take, bit for bit on a CPU, the steps of
             torch.optim.SGD (dampening 0, decay coupled) and torch.optim.AdamW; "momentum" and "nesterov" are torch.optim.Muon's
@@ -245,7 +245,7 @@ class SpectralOptimizer(Optimizer):
         Weights without a gradient are left alone. Autocast is for the closure only.
 
         Raises:
-            BadGradient: for sparse gradients; with nonfinite="raise" for NaN or Inf.
+            BadGradient: for sparse gradients; for weights on meta if there is no gradient at all; with nonfinite="raise" for NaN or Inf.
             BadOption, UnknownName: for an option that was changed to what makes no sense, as an lr below 0. Nothing has been changed then.
             NotReady: if a CUDA graph is captured before a first step has made the state.
         """
@@ -344,6 +344,10 @@ class SpectralOptimizer(Optimizer):
         ready = []
         for members, flags in sides:
             ready += self._good(members, flags) if members[0].unread else self._known(members, flags)
+        if not ready and (meta := [entry.name for entry in entries if entry.W.is_meta]):
+            raise BadGradient(
+                meta, "no", "they are on meta: make the optimizer after model.to_empty(device=...), which makes other weights"
+            )
         return ready
 
     def _raise_spoilt(self, sides: list[tuple[list[Ready], Tensor]]) -> None:

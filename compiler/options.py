@@ -148,15 +148,17 @@ def warn_of_scales_in(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def check_names(group: dict[str, Any]) -> None:
-    """Refuse a misspelt option, or one that only torch's optimizers have; a group may hold what else its owner likes.
+    """Refuse a misspelt option, or one of torch's optimizers that is on; a group may hold what else its owner likes.
 
     Raises:
         UnknownName: for such a name.
     """
     known = ["lr", *NEW_OPTIONS]
-    for key in group:
-        if key not in (*known, "params", "param_names") and (key in _torchs_options() or get_close_matches(key, known, cutoff=0.85)):
-            raise UnknownName("option", key, known)
+    for key, value in group.items():
+        if key in (*known, "params", "param_names"):
+            continue
+        if key == "process_group" or (key in _torchs_options() and value) or get_close_matches(key, known, cutoff=0.85):
+            raise UnknownName("option of a group", key, known)
 
 
 @cache

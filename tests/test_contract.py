@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import sympy
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import lr_scheduler, swa_utils
 
 from compiler import SpectralOptimizer, clip_grad_norm_, msign, spectral_norm, spectral_normalize, svc
@@ -49,17 +51,19 @@ def same(optimizer, weights, other, others):
 
 
 @pytest.mark.parametrize(
-    "key", ["foreach", "fused", "nesterov", "amsgrad", "dampening", "ns_steps", "weight_decy", "beta", "maximise", "lr_scales"]
+    "key",
+    ["foreach", "fused", "nesterov", "amsgrad", "dampening", "ns_steps", "weight_decy", "beta", "maximise", "process_group"],
 )
 def test_an_option_of_torchs_or_a_misspelt_one_is_refused(key):
     """In torch's optimizers it is kept in the group and does nothing."""
-    with pytest.raises(UnknownName, match=f"unknown option '{key}'; known: lr, update"):
+    with pytest.raises(UnknownName, match=f"unknown option of a group '{key}'; known: lr, update"):
         SpectralOptimizer([{"params": [weight(4, 6)], key: True}], 0.1)
 
 
 def test_a_group_may_hold_what_its_owner_and_schedulers_like():
     W = weight(4, 6)
-    optimizer = SpectralOptimizer([{"params": [W], "name": "body", "layer": 3, "lr_mult": 2.0}], 0.1)
+    off = {"foreach": None, "fused": False, "differentiable": False, "nesterov": False, "dampening": 0}
+    optimizer = SpectralOptimizer([{"params": [W], "name": "body", "layer": 3, "lr_mult": 2.0, **off}], 0.1)
     lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=5)
     again = SpectralOptimizer(optimizer.param_groups, 0.1)
     train(again, [W])
@@ -180,6 +184,17 @@ def test_weights_on_meta_take_a_step_that_makes_their_state(map, update):
         W.grad = torch.empty_like(W)
         optimizer.step()
     assert all(value.device.type == "meta" for value in optimizer.state[W].values() if isinstance(value, torch.Tensor))
+
+
+def test_weights_that_were_left_behind_on_meta_are_told():
+    """to_empty makes new ones, which the optimizer never hears of: it would have trained nothing, and said nothing."""
+    with torch.device("meta"):
+        model = nn.Linear(6, 4, bias=False)
+    optimizer = SpectralOptimizer(model.named_parameters(), 0.1)
+    model.to_empty(device="cpu")
+    model(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(BadGradient, match=r"no gradient of weight\n.*make the optimizer after model.to_empty"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
@@ -418,6 +433,23 @@ def test_one_cycle_a_group_added_and_a_checkpoint_together(capturable, tensor, u
     assert same(a, W, b, V)
     moments = ("momentum", "betas", "lr", "max_lr", "initial_lr")
     assert [[g[name] for name in moments] for g in a.param_groups] == [[g[name] for name in moments] for g in b.param_groups]
+
+
+def test_a_zero_redundancy_optimizer_holds_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        W, V = [weight(4, 6), weight(6, 4)], [weight(4, 6), weight(6, 4)]
+        whole, parted = SpectralOptimizer(W, 0.1), ZeroRedundancyOptimizer(V, optimizer_class=SpectralOptimizer, lr=0.1)
+        train(whole, W), train(parted, V)
+        parted.consolidate_state_dict()
+        parted.load_state_dict(parted.state_dict())
+        for optimizer, weights in ((whole, W), (parted, V)):
+            weights.append(weight(3, 3))
+            optimizer.add_param_group({"params": weights[2:]})
+            train(optimizer, weights, range(3, 5))
+        assert all(torch.equal(w, v) for w, v in zip(W, V, strict=True))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_group_can_be_added_to_a_copy_and_to_a_loaded_one():
