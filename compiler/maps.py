@@ -152,4 +152,4 @@ def peak(o: dict[str, Any], *, warm: bool = False) -> int:
         return 6
     if keeps_vectors(o):
         return 8 if warm else 16  # small matrices: the space SN looks at first has 144 columns
-    return 12 if o["map"] == "svc" or o["accuracy"] == "exact" else 9  # what is left to LAPACK is done in fp64
+    return 12 if o["map"] == "svc" or o["accuracy"] == "exact" else 10  # what is left to LAPACK is done in fp64
