@@ -13,4 +13,6 @@ def seed():
     torch.manual_seed(0)
 
 
-settings.register_profile("slow", max_examples=10_000)  # pytest --hypothesis-profile slow
+settings.register_profile("same", derandomize=True)  # a run tells what a change did, and nothing else
+settings.load_profile("same")
+settings.register_profile("slow", max_examples=10_000, derandomize=False)  # pytest --hypothesis-profile slow: to find what is new
