@@ -93,6 +93,7 @@ class Reference:
     t: int = 0
     skipped: int = 0
     slack: float = 0.0
+    counted: float = 0.0
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def step(self, G, lr):
@@ -136,7 +137,7 @@ class Reference:
             v[at] = beta2 * v[at] + (1 - beta2) * g**2
             below = (v[at] / (1 - beta2**self.t)).sqrt() + o["eps"] * o["eps_scale"]
             phi = m[at] / (1 - beta1**self.t) / below
-            return phi, noise / (1 - beta1**self.t) / below + 8 * self.eps * self.t * phi.abs()
+            return phi, noise / (1 - beta1**self.t) / below + (8 * self.eps * self.t + self.counted) * phi.abs()
         mu, B = o["momentum"], held("B")
         B[at] = mu * B[at] + (1 if o["update"] == "sgd" else 1 - mu) * g
         largest[at] = torch.maximum(largest[at], B[at].abs())
@@ -242,6 +243,8 @@ def test_every_step_is_that_of_the_reference(made, steps, capturable, workspace,
     groups, references, dtype, generator = made
     optimizer = SpectralOptimizer(groups, 0.0, capturable=capturable, workspace=workspace, master=dtype == torch.bfloat16)
     weights = [W for group in optimizer.param_groups for W in group["params"]]
+    for reference in references:
+        reference.counted = torch.finfo(torch.float32).eps if capturable else 0.0  # steps on a device are fp32, as torch's are
     for lr, _ in steps:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(lr, dtype=torch.float64) if capturable else lr
