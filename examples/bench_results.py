@@ -221,7 +221,7 @@ def acceptance(results: Results) -> Iterator[str]:
         yield from (f"{line} {where}" for line in _accurate(accuracy.errors))
     for race in results.races:
         where = f"[{race.suite}, {race.dtype}, {race.machine.title}]"
-        yield from (f"{line} {where}" for line in _fast(race))
+        yield from (f"{line} {where}" for line in _fast(race, results.accuracy(race)))
 
 
 def _accurate(errors: dict[str, dict[str, Error]]) -> Iterator[str]:
@@ -250,7 +250,7 @@ def _worst(errors: dict[str, Error], *, promised: bool) -> tuple[float, float]:
     return min(error.descent or 0.0 for error in chosen), max(error.norm for error in chosen)
 
 
-def _fast(race: Race) -> Iterator[str]:
+def _fast(race: Race, errors: dict[str, dict[str, Error]]) -> Iterator[str]:
     ours = race.of("ours, default")
     if ours is None:
         return
@@ -265,6 +265,9 @@ def _fast(race: Race) -> Iterator[str]:
         yield _ratio(f"default against the fastest peer ({race.peers[0].name})", race.peers[0], ours, need)
     if single := [peer for peer in race.peers if peer.products_in == "fp32"]:
         yield _ratio(f"default against the fastest peer in fp32 ({single[0].name})", single[0], ours, 1.3)
+        if (fast := race.of("ours, fast")) and {fast.name, single[0].name} <= errors.keys():
+            descents = " against ".join(_accuracy(errors[name])[0] for name in (fast.name, single[0].name))
+            yield _ratio(f"fast against the same (descent {descents})", single[0], fast, 1.3)
     if (sn := race.of("ours, SN")) and (adamw := race.of("AdamW, fused")):
         times = sn.median / adamw.median
         yield f"{'     ' if cpu else _said(times <= 1.3)} SN takes {times:.2f} times fused AdamW{'' if cpu else ' (<= 1.3)'}"
@@ -314,7 +317,10 @@ def plot(results: Results, path: Path) -> None:
         panel.set_ylabel("share of the steepest descent, worst matrix")
         panel.set_title(f"{race.suite}, {race.dtype}\n{race.machine.title}", fontsize=9)
         panel.margins(x=0.15)
-        panel.set_xlim(right=2.5 * panel.get_xlim()[1])  # room for names
+        left, right = panel.get_xlim()
+        panel.set_xlim(right=right * (right / left) ** 0.35)  # room for names
+        low, high = panel.get_ylim()
+        panel.set_ylim(top=high + 0.12 * (high - low))
         panel.grid(alpha=0.3)
         labels.append(names)
     figure.draw_without_rendering()

@@ -131,3 +131,19 @@ def test_the_readme_shows_the_committed_numbers(capsys):
     table = capsys.readouterr().out.strip()
     assert table
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_what_the_readme_says_of_cpus_is_in_the_committed_numbers():
+    from bench_results import loaded
+
+    results = loaded(EXAMPLES / "results" / "bench_optimizer_cpu.json")
+    ratios, descents = [], set()
+    for race in results.races:
+        peer, errors = next(peer for peer in race.peers if peer.products_in == "fp32"), results.accuracy(race)
+        ratios.append(peer.median / race.of("ours, fast").median)
+        descents |= {tuple(f"{min(e.descent for e in errors[name].values()):.2f}" for name in ("ours, fast", peer.name))}
+    assert len(ratios) == 4
+    ((ours, theirs),) = descents
+    faster = f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as the fastest peer in fp32"
+    said = f'`accuracy="fast"` is {faster}, with a descent of {ours} to its {theirs}'
+    assert said in " ".join((ROOT / "README.md").read_text().split())
