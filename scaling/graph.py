@@ -115,6 +115,8 @@ COMBINE = {
 }
 """Operators that make one weight out of several: weight and spectral norm, rows of length 1, merged adapters."""
 
+ROW_SPLITS = {f"aten.{name}" for name in ("split", "split_with_sizes", "chunk")}
+
 GATHERED = {*(f"aten.{name}" for name in ("stack", "cat", "concat", "concatenate"))}
 """Operators that put weights beside each other: a bank of them, rows or columns of one matrix. Each keeps its own entries."""
 
@@ -147,6 +149,8 @@ class LayerGraph:
         """The weights that a weight-only node is made of, each with the nodes from it to here; the main one (W in W + B·A) first."""
         if self.calls[node].names:
             return {self.calls[node]: (node,)}
+        if (row := self._row_taken_apart(node)) is not None:
+            return {weight: (*path, *row[1]) for source in row[0] for weight, path in self.made_of(source).items()}
         inputs = sorted((n for n in node.all_input_nodes if n in self.weight_only), key=lambda n: _count(n) != _count(node))
         out: dict[Call, tuple[fx.Node, ...]] = {}
         for source in inputs:
@@ -156,12 +160,31 @@ class LayerGraph:
 
     def mains(self, node: fx.Node) -> tuple[Call, ...]:
         """The weights whose entries a weight-only node has: all that are put beside each other, W alone of W + B·A."""
+        if (row := self._row_taken_apart(node)) is not None:
+            return tuple(dict.fromkeys(weight for source in row[0] for weight in self.mains(source)))
         if operator_name(node) in GATHERED:
             beside = (n for n in node.all_input_nodes if n in self.weight_only)
             return tuple(dict.fromkeys(weight for n in beside for weight in self.mains(n)))
         main = next(iter(self.made_of(node)))
         source = next((n for n in node.all_input_nodes if n in self.weight_only and main in self.made_of(n)), None)
         return (main,) if source is None else self.mains(source)
+
+    def _row_taken_apart(self, node: fx.Node) -> tuple[list[fx.Node], tuple[fx.Node, ...]] | None:
+        """Of vectors put in one row and taken apart again (the biases of q, k and v): those in this part, and the nodes on the way here."""
+        split = node.all_input_nodes[0] if operator_name(node) == "getitem" else None
+        if split is None or operator_name(split) not in ROW_SPLITS:
+            return None
+        row, index = split.all_input_nodes[0], node.args[1]
+        if operator_name(row) not in GATHERED or row.meta["val"].dim() != 1 or not isinstance(index, int):
+            return None
+        begin = sum(len(part) for part in split.meta["val"][:index])
+        end, start, inside = begin + len(node.meta["val"]), 0, []
+        for source in row.all_input_nodes:
+            stop = start + len(source.meta["val"])
+            if start < end and begin < stop and source in self.weight_only:
+                inside.append(source)
+            start = stop
+        return (inside, (row, split, node)) if inside else None
 
     @cached_property
     def weight_only(self) -> frozenset[fx.Node]:

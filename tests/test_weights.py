@@ -752,3 +752,28 @@ def test_softmax_over_the_edges_of_a_graph_has_a_flow():
     assert result.unknown == ()
     assert {value.change for value in result.values if value.operator in {"aten.scatter_reduce", "aten.scatter_add"}} == {0}
     assert (result.of("out").init, result.of("out").change) == (-Rational(1, 2), 0)
+
+
+class WavLMAttention(nn.Module):
+    """Three projections, whose biases torch's function wants in one row and takes apart again."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, d), nn.Linear(d, 50)
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x):
+        x = self.embed(x).transpose(0, 1)
+        y, _ = F.multi_head_attention_forward(
+            x, x, x, x.size(-1), x.size(-1) // 16, None, torch.cat((self.q.bias, self.k.bias, self.v.bias)), None, None, False, 0.0,
+            self.o.weight, self.o.bias, use_separate_proj_weight=True, q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+        )  # fmt: skip
+        return self.head(x + y)
+
+
+def test_a_bias_taken_from_a_row_of_several_is_judged_alone():
+    table = derive(WavLMAttention(32), (torch.randint(0, 50, (2, 8)),), also=WavLMAttention(64))
+    assert [table[f"{name}.bias"].role for name in "qkvo"] == ["vector"] * 4
+    assert [len(table[f"{name}.bias"].uses) for name in "qkvo"] == [1] * 4
+    assert table["v.bias"].exponent("adam") == 0
