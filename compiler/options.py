@@ -23,7 +23,16 @@ from compiler.shards import sharding_of
 from compiler.updates import UPDATES
 from scaling.errors import UnknownName
 
-__all__ = ["NEW_OPTIONS", "SCHEDULED", "check_group", "check_names", "check_options", "check_scheduled", "in_plain_numbers"]
+__all__ = [
+    "NEW_OPTIONS",
+    "SCHEDULED",
+    "check_group",
+    "check_names",
+    "check_options",
+    "check_scheduled",
+    "in_plain_numbers",
+    "warn_of_scales_in",
+]
 
 NEW_OPTIONS: dict[str, Any] = {
     "update": "momentum",

@@ -15,10 +15,9 @@ import sympy
 import torch
 from torch import fx
 
-from scaling.graph import Call, LayerGraph, Size, operator_name
+from scaling.graph import SPLITS, Call, LayerGraph, Size, operator_name
 from scaling.growth import Growth
 from scaling.limits import exponent
-from scaling.operators import SPLITS
 from scaling.records import Contraction
 from scaling.uses import Dot, is_linear
 

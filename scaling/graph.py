@@ -115,7 +115,8 @@ COMBINE = {
 }
 """Operators that make one weight out of several: weight and spectral norm, rows of length 1, merged adapters."""
 
-ROW_SPLITS = {f"aten.{name}" for name in ("split", "split_with_sizes", "chunk")}
+SPLITS = {f"aten.{prefix}{name}" for prefix in ("", "unsafe_") for name in ("split", "split_with_sizes", "chunk")} | {"aten.tensor_split"}
+"""Operators that take a value apart along one axis."""
 
 GATHERED = {*(f"aten.{name}" for name in ("stack", "cat", "concat", "concatenate"))}
 """Operators that put weights beside each other: a bank of them, rows or columns of one matrix. Each keeps its own entries."""
@@ -150,7 +151,8 @@ class LayerGraph:
         if self.calls[node].names:
             return {self.calls[node]: (node,)}
         if (row := self._row_taken_apart(node)) is not None:
-            return {weight: (*path, *row[1]) for source in row[0] for weight, path in self.made_of(source).items()}
+            inside, way = row
+            return {weight: (*path, *way) for source in inside for weight, path in self.made_of(source).items()}
         inputs = sorted((n for n in node.all_input_nodes if n in self.weight_only), key=lambda n: _count(n) != _count(node))
         out: dict[Call, tuple[fx.Node, ...]] = {}
         for source in inputs:
@@ -172,7 +174,7 @@ class LayerGraph:
     def _row_taken_apart(self, node: fx.Node) -> tuple[list[fx.Node], tuple[fx.Node, ...]] | None:
         """Of vectors put in one row and taken apart again (the biases of q, k and v): those in this part, and the nodes on the way here."""
         split = node.all_input_nodes[0] if operator_name(node) == "getitem" else None
-        if split is None or operator_name(split) not in ROW_SPLITS:
+        if split is None or operator_name(split) not in SPLITS:
             return None
         row, index = split.all_input_nodes[0], node.args[1]
         if operator_name(row) not in GATHERED or row.meta["val"].dim() != 1 or not isinstance(index, int):

@@ -25,7 +25,7 @@ from torch import fx
 
 from scaling.axes import Axes, Dim, product
 from scaling.errors import ScalingError
-from scaling.graph import Call, Size, name_of, operator_name
+from scaling.graph import SPLITS, Call, Size, name_of, operator_name
 
 __all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "is_made_of_others", "known", "register", "rule_of"]
 
@@ -908,7 +908,6 @@ def glu(call: Call, axes: Axes) -> None:
 
 
 MULTIPLIES = {"aten.mul", "aten.div", "aten.multiply", "aten.divide", "aten.true_divide"}
-SPLITS = {f"aten.{prefix}{name}" for prefix in ("", "unsafe_") for name in ("split", "split_with_sizes", "chunk")} | {"aten.tensor_split"}
 
 # the table
 

@@ -323,7 +323,7 @@ def too_large_once_aligned(rules: list[WeightRule]) -> tuple[str, ...]:
 
 # norms over few coordinates
 
-NORMS = {"aten.layer_norm", "aten.rms_norm", "aten.rsqrt"}
+NORMS = NORMALIZES | {"aten.rsqrt"}
 """Operators that divide by a size: the fused ones, and what a norm that is written out ends in."""
 
 

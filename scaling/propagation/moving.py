@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from scaling.graph import Call
-from scaling.operators import SPLITS
+from scaling.graph import SPLITS, Call
 from scaling.orders import NOTHING, ZERO, Exponent, Pieces, State, joined, plus, top
 from scaling.propagation.context import LARGEST, Context, Result, Values, largest, shape_of
 from scaling.propagation.pointwise import even_bounded

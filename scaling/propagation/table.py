@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from scaling.errors import ScalingError
-from scaling.graph import Call
-from scaling.operators import SPLITS, rule_of
+from scaling.graph import SPLITS, Call
+from scaling.operators import rule_of
 from scaling.orders import UNKNOWN, Pieces
 from scaling.propagation import pointwise as curve
 from scaling.propagation import reductions
