@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from scaling.errors import CaptureFailed
 from scaling.kept import Kept, kept
-from scaling.operators import is_made_of_others
+from scaling.operators import written_out
 from scaling.records import Source
 
 __all__ = ["Recording", "record", "unwrap"]
@@ -363,9 +363,10 @@ class _Recorder(TorchDispatchMode):
         nodes = tuple(self._node(tensor) for tensor in inputs)
         name = _name(func)
         self.state.last = (str(func), nodes, name)
-        if name not in SAME_VALUE and is_made_of_others(func):
+        others = None if name in SAME_VALUE else written_out(func)
+        if others is not None:
             with self:
-                return func.decompose(*args, **kwargs)
+                return others(*args, **kwargs)
         written = _written(func, args)
         if written is not None:
             self._wholes(written)

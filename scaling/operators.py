@@ -27,7 +27,7 @@ from scaling.axes import Axes, Dim, product
 from scaling.errors import ScalingError
 from scaling.graph import SPLITS, Call, Size, name_of, operator_name
 
-__all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "is_made_of_others", "known", "register", "rule_of"]
+__all__ = ["OPERATORS", "Binding", "Label", "Operator", "bind", "known", "register", "rule_of", "written_out"]
 
 
 @dataclass(frozen=True)
@@ -940,10 +940,8 @@ _ROWS: list[dict[str, Operator]] = [
     _signed("... n m -> ... m n", "linalg_inv inverse"),
     _signed("... n m, ... _ -> ... n m", "linalg_householder_product"),
     _signed("i, j -> i j", "outer ger"),
-    _signed("p i -> q", "_pdist_forward"),
     _signed("i i -> ", "trace"),
     _signed(diagonals, "diag_embed"),
-    _signed("... m i, ... n i -> ... m n", "cdist"),
     _signed(bilinear, "bilinear"),
     _signed(grouped_mm, "_grouped_mm grouped_mm"),
     _signed(recurrent, "lstm gru rnn_tanh rnn_relu"),
@@ -1080,14 +1078,29 @@ def _is_pointwise(name: str, target: Any) -> bool:
     return any(torch.Tag.pointwise in getattr(operator, "tags", ()) for operator in (target, functional))
 
 
-def is_made_of_others(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator without a rule is a composition of others (`hstack`, `cosine_similarity`): they are recorded in its place."""
+def written_out(operator: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """The composition of others that an operator without a rule is (`hstack`, `cosine_similarity`): they are recorded in its place."""
+    if name_of(operator) in DISTANCES:
+        return DISTANCES[name_of(operator)]
     if _rule(name_of(operator), operator) is not None or not any("Tensor" in str(r.type) for r in operator._schema.returns):
-        return False
+        return None
     try:
-        return operator._can_decompose()
+        return operator.decompose if operator._can_decompose() else None
     except RuntimeError:  # an operator of Python alone
-        return False
+        return None
+
+
+def _distance(x: torch.Tensor, y: torch.Tensor, p: float = 2.0, _: int | None = None) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, dim=-1)
+
+
+def _distance_of_pairs(x: torch.Tensor, p: float = 2.0) -> torch.Tensor:
+    first, second = torch.triu_indices(len(x), len(x), 1)
+    return torch.linalg.vector_norm(x[first] - x[second], p, dim=-1)
+
+
+DISTANCES = {"aten.cdist": _distance, "aten._cdist_forward": _distance, "aten._pdist_forward": _distance_of_pairs}
+"""Operators without a rule that torch has no composition for: a norm of differences is no sum of products, and has a norm's size."""
 
 
 def known(call: Call) -> bool:

@@ -252,6 +252,7 @@ COMPOSITIONS = {
     "kron": torch.kron,
     "multi_dot": lambda x, y: torch.linalg.multi_dot([x, y.T, x]),
     "logsigmoid": lambda x, y: F.logsigmoid(x) * y,
+    "cdist": lambda x, y: torch.cdist(x.T, y.T),
     "pairwise_distance": lambda x, y: F.pairwise_distance(x.T, y.T),
     "quantile": lambda x, y: torch.quantile(x * y, 0.5, dim=0),
     "meshgrid": lambda x, y: torch.meshgrid(x[0], y[0], indexing="ij")[0],

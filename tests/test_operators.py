@@ -46,7 +46,6 @@ EXAMPLES = {
     "addmm": (torch.addmm, (R(4), R(2, 3), R(3, 4))),
     "baddbmm": (torch.baddbmm, (R(2, 5, 4), R(2, 5, 3), R(2, 3, 4))),
     "einsum": (lambda a, b: torch.einsum("bcd,edf->bef", a, b), (R(2, 5, 3), R(4, 3, 6))),
-    "cdist": (torch.cdist, (R(2, 5, 3), R(2, 4, 3))),
     "tensordot": (lambda a, b: torch.tensordot(a, b, dims=([2, -2], [-1, 0])), (R(2, 5, 3), R(5, 4, 3))),
     "linalg_inv": (lambda a: torch.linalg.inv(a + 5 * torch.eye(3)), (R(3, 3),)),
     "inverse": (lambda a: torch.ops.aten.inverse(a + 5 * torch.eye(3)), (R(3, 3),)),
@@ -57,7 +56,6 @@ EXAMPLES = {
     "addbmm": (torch.addbmm, (R(5, 4), R(2, 5, 3), R(2, 3, 4))),
     "addmv": (torch.addmv, (R(5), R(5, 3), R(3))),
     "addr": (torch.addr, (R(5, 3), R(5), R(3))),
-    "_pdist_forward": (F.pdist, (R(4, 3),)),
     "trace": (torch.trace, (R(3, 3),)),
     "diag_embed": (torch.diag_embed, (R(2, 3),)),
     "conv_tbc": (torch.conv_tbc, (R(5, 2, 3), R(3, 3, 4), R(4))),
@@ -446,7 +444,7 @@ PERMUTED = {
     "sort",
 }
 """These keep an axis but mix or move its indices: the same dimension, other entries."""
-UNSHARED = {"fill", "_pdist_forward"}
+UNSHARED = {"fill"}
 """No value, or no axis, of the input is left."""
 
 

@@ -253,7 +253,10 @@ def test_p58_sums_over_the_width_that_no_map_follows_are_a_failure_with_their_li
     towers = lambda w: {"right": linear(16, w), **still}  # noqa: E731
     distance = net(lambda m, x: (m.stem(x) - m.right(x)).pow(2).sum(-1), towers)
     features = net(lambda m, x: F.relu(m.stem(x)).sum(-1) * m.stem.out_features**-0.5, lambda w: still)
-    for table, power in ((distance, 1), (features, R(1, 2))):
+    prototypes = net(lambda m, x: torch.cdist(m.stem(x), m.p), lambda w: {"p": nn.Parameter(torch.randn(10, w)), **still})
+    assert prototypes["p"].role == "embedding"
+    pairs = net(lambda m, x: F.pdist(m.stem(x)), lambda w: still)
+    for table, power in ((distance, 1), (features, R(1, 2)), (prototypes, R(1, 2)), (pairs, R(1, 2))):
         assert flow(table).of("").change == power
         verdict = verify(table)
         assert verdict.verdict == "unstable_logits"
