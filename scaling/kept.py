@@ -9,7 +9,7 @@ import logging
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -31,10 +31,9 @@ class Kept:
         self._storages: set[int] = set()
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._seen: set[int] = set()
-        for root in roots:
-            for module in root.modules() if isinstance(root, nn.Module) else ():
-                self._visit(module, 0)
-            self._visit(root, 0)
+        level = [part for root in roots for part in (*(root.modules() if isinstance(root, nn.Module) else ()), root)]
+        for _ in range(DEPTH + 1):  # all of one level first: what is seen is seen from the nearest
+            level = [held for value in level for held in self._visited(value)]
 
     def before_write(self, tensor: Tensor) -> None:
         """To be called before a real tensor is written in place: one of the user's is copied first."""
@@ -50,23 +49,22 @@ class Kept:
             for tensor, before in self._written.values():
                 tensor.copy_(before)
 
-    def _visit(self, value: Any, depth: int) -> None:
-        if id(value) in self._seen or depth > DEPTH:
-            return
+    def _visited(self, value: Any) -> Iterable[Any]:
+        """What a value that was not seen yet holds."""
+        if id(value) in self._seen:
+            return ()
         self._seen.add(id(value))
         if isinstance(value, Tensor):
             self._storages.add(_storage(value))
         elif isinstance(value, (dict, list, set, deque)):
-            if len(value) > LENGTH:
-                return
-            self._containers.append((value, value.copy()))
-            for item in tuple(value.values() if isinstance(value, dict) else value):
-                self._visit(item, depth + 1)
+            if len(value) <= LENGTH:
+                self._containers.append((value, value.copy()))
+                return tuple(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, tuple):
-            for item in value:
-                self._visit(item, depth + 1)
+            return value
         elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _OTHER):
-            self._visit(vars(value), depth)
+            return self._visited(vars(value))
+        return ()
 
 
 _OTHER = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.dtype, torch.device)

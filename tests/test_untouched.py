@@ -94,7 +94,9 @@ class Last(nn.Module):
 MODELS = {
     "MLP": (MLP, (torch.zeros(3, 16),)), "CNN": (CNN, None), "GPT": (GPT, None), "GPT-2": (gpt2, None),
     "tied GPT": (lambda d: GPT(d, tie=True), None),
-    "stateful": (Stateful, (torch.randn(3, 7),)), "noisy": (Noisy, (torch.zeros(3, 16),)),
+    "stateful": (Stateful, (torch.randn(3, 7),)),
+    "stateful, deep inside": (lambda d: nn.Sequential(nn.Sequential(nn.Sequential(Stateful(d)))), (torch.randn(3, 7),)),
+    "noisy": (Noisy, (torch.zeros(3, 16),)),
     "parametrized": (normed, (torch.randn(4, 3, 7),)), "fails": (Fails, (torch.zeros(3, 16),)),
     "unsupported": (Unsupported, (torch.zeros(3, 16),)),
 }  # fmt: skip
