@@ -181,7 +181,7 @@ def _require_data(option: str, model: nn.Module, cure: str) -> None:
 
 
 def _constant(W: Tensor) -> bool:
-    return bool((W - W.flatten()[0] == 0).all())
+    return bool((W - W.flatten()[:1] == 0).all())
 
 
 def _working(W: Tensor) -> Tensor:

@@ -989,6 +989,7 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(getitem, "getitem"),
     _moves(same, "matrix_exp linalg_qr linalg_cholesky_ex linalg_inv_ex cummax cummin logcumsumexp index_fill", linear=False),
     _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
+    _moves(same, "_conj conj resolve_conj _neg_view resolve_neg", linear=True),
     _moves(pixel_shuffle, "pixel_shuffle"),
     _moves(pixel_unshuffle, "pixel_unshuffle"),
     _moves(parts_of_complex, "view_as_real view_as_complex", linear=True),

@@ -155,7 +155,7 @@ class Pieces(Generic[T]):
     @classmethod
     def labelled(cls, parts: Sequence[T], labels: Tensor) -> Pieces[T]:
         """Parts that are equal, or that no label names, become one or none."""
-        present = [int(i) for i in labels.unique()]
+        present = [int(i) for i in labels.unique()] or [0]  # an empty value has one part too
         kept: list[T] = []
         renumbered = torch.zeros(len(parts), dtype=torch.int16)
         for i in present:

@@ -334,7 +334,10 @@ def _multipliers(call: Call, maps: list[Block], uses: list[WeightUse]) -> list[s
     for other, use in zip(maps[1:], uses[1:], strict=True):
         size = optimizers.adam if first.entries is not None and other.entries is not None else optimizers.init_std
         gap = exponent(size(other)) - exponent(size(first))
+        alike = exponent(other.copies) == exponent(first.copies)
         for family, degree in optimizers.DEGREES.items():
+            if family == "muon" and not alike:
+                continue  # msign of other matrices of the same entries: of low rank, its entries are those of a sign, which Adam has judged
             rates = exponent(optimizers.LEARNING_RATES[family](other)) - exponent(optimizers.LEARNING_RATES[family](first))
             if rates != (1 + degree) * gap:
                 wants = [

@@ -363,6 +363,17 @@ def test_every_law_meets_the_spectral_condition_per_block_and_copy(law):
             assert S.min().item() == pytest.approx(1, rel=1e-5)
 
 
+def test_a_weight_without_entries_is_left_as_it_is():
+    """What a count of 0 leaves of an option, as no memory keys (routing-transformer)."""
+    model = nn.Sequential(nn.Linear(7, 32), nn.Linear(32, 32), nn.Linear(32, 5))
+    model[0].register_parameter("memory", nn.Parameter(torch.randn(0, 32)))
+    model[0].forward = lambda x: torch.cat((model[0].memory, F.linear(x, model[0].weight, model[0].bias)))
+    model, optimizer = compiler.compile(model, derive(model, (torch.zeros(3, 7),)), optimizer="muon", lr=0.1)
+    model(torch.ones(3, 7)).square().sum().backward()
+    optimizer.step()
+    assert model[0].memory.shape == (0, 32)
+
+
 def test_svc_init_is_a_gaussian_clipped():
     a = compiler.init_(
         MLP(64, bias=False), table(*(r for r in MLP_TABLE if "bias" not in r.name)), law="svc", generator=torch.Generator().manual_seed(0)

@@ -321,6 +321,27 @@ def test_einsum_of_one_operand_orders_axes_anew_or_sums_over_them(equation, expe
     assert result.of("stem").gradient == (-1 if equation == "bn->nb" else 0)
 
 
+def _complex(x):
+    return torch.view_as_real(torch.polar(x.exp(), x)[:, :-1:2])
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda x: torch.cat((x, x[:, x.shape[1] :]), 1),  # rotary embeddings of a whole head leave nothing
+        lambda x: torch.zeros(2, x.shape[1]).scatter_add(0, (torch.arange(len(x)) % 2)[:, None].expand_as(x), x),
+        _complex,
+    ],
+    ids=["empty", "scattered", "complex"],
+)
+def test_parts_that_differ_are_followed_through_what_is(moved):
+    def make(d):
+        return Net(lambda m, x: moved(torch.cat((m.stem(x), m.out(m.stem(x))), 1)).sum(), **body(d, out=linear(d, 4)))
+
+    result = flow(derive(make, (X,), widths=(32, 64, 96)))
+    assert result.of("out").init == MINUS_HALF
+
+
 def test_an_operator_without_a_rule_is_said_to_be_unknown_and_not_guessed():
     def make(d):
         return Net(

@@ -168,6 +168,15 @@ def test_a_matrix_that_is_also_added_is_refused_with_both_lines():
     assert all("test_forms.py" in place for place in refusal.value.where)
 
 
+def test_a_gate_that_is_also_part_of_what_is_added_is_one_vector():
+    """A gain is d maps of 1 to 1, a bias one of 1 to d: msign sees other matrices, and of either the entries move as a sign."""
+    table = table_of(
+        lambda m, x: m.out(m.gate.weight.sigmoid() * m.mid(m.inp(x)) + (1 - m.gate.weight.sigmoid()) * m.start.weight),
+        gate=nn.RMSNorm, start=nn.RMSNorm,
+    )  # fmt: skip
+    assert table["gate.weight"].role == table["start.weight"].role == "vector"
+
+
 # convolutions that torch has not
 
 

@@ -108,14 +108,20 @@ def merged(context: Context, call: Call, values: Values) -> Result | None:
     operands = [v for n, v in zip(call.tensors, values, strict=True) if v is not None and n is not None and _is_float(n)]
     if not operands:
         return None
-    out = operands[0]
+    out, shape = operands[0], shape_of(call)
     for value in operands[1:]:
-        out = zipped(lambda a, b: joined((a, b)), out, value, shape_of(call))
+        out = zipped(lambda a, b: joined((a, b)), out, value if _covers(value, shape) else Pieces.of(value.whole(joined)), shape)
 
     def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
         return [None if v is None else broadcast(context, call, n, d) for n, v in zip(call.tensors, values, strict=True)]
 
     return out, pull
+
+
+def _covers(value: Pieces[State], shape: tuple[int, ...]) -> bool:
+    """Whether a value's parts lie along those of a shape: what a scatter writes has lengths of its own."""
+    own = () if value.labels is None else tuple(value.labels.shape)
+    return len(own) <= len(shape) and all(size in {1, whole} for size, whole in zip(own[::-1], shape[::-1], strict=False))
 
 
 def placed(context: Context, call: Call, values: Values) -> Result | None:
@@ -135,4 +141,4 @@ def zeros(context: Context, call: Call, values: Values) -> Result | None:
 
 def _is_float(node: fx.Node) -> bool:
     value = node.meta["val"]
-    return isinstance(value, Tensor) and value.is_floating_point() and not _is_number(node)
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and not _is_number(node)

@@ -73,8 +73,12 @@ def moves(context: Context, call: Call, values: Values) -> Result | None:
 def _is_source(node: fx.Node) -> bool:
     value = node.meta["val"]
     if isinstance(value, (tuple, list)):
-        return any(isinstance(part, Tensor) and part.is_floating_point() for part in value)
-    return isinstance(value, Tensor) and value.is_floating_point()
+        return any(map(_is_float, value))
+    return _is_float(value)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _source_shape(node: fx.Node) -> tuple[int, ...]:

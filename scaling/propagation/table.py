@@ -23,7 +23,11 @@ __all__ = ["MOVES", "RULES", "propagate"]
 
 _ROWS: list[tuple[Rule, str]] = [
     # one entry -> one entry
-    (unary(curve.same), "neg dropout alpha_dropout feature_dropout feature_alpha_dropout nan_to_num real conj"),
+    (
+        unary(curve.same),
+        "neg dropout alpha_dropout feature_dropout feature_alpha_dropout nan_to_num real imag "
+        "_conj conj conj_physical resolve_conj _neg_view resolve_neg",
+    ),
     (unary(curve.positive), "relu leaky_relu abs threshold celu elu selu relu6 hardswish"),
     (unary(curve.odd_bounded), "tanh erf sin atan hardtanh softsign sign asinh"),
     (unary(curve.even_bounded), "sigmoid cos hardsigmoid"),
