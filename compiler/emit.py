@@ -48,18 +48,18 @@ def _weights(model):
 
 @torch.no_grad()
 def init_(model, d, generator=None):
-    """Draw weights N(0, std²); constants keep their value (times target), vectors their law, biases drawn around zero become zero."""
+    """Draw weights N(0, std²); constants keep their value (times gain), vectors their law, biases drawn around zero become zero."""
     weights = _weights(model)
     for rule in RULES:
         for name in rule["names"]:
             if not weights[name].requires_grad:
                 continue
-            for index, std, target in rule["init"](d):
+            for index, std, gain in rule["init"](d):
                 block = weights[name][index]
                 vector = rule["vector"]
                 centred = block.mean().abs() <= 5 * block.std(correction=0) / block.numel() ** 0.5
                 if (block == block.flatten()[0]).all() or (vector and not (centred and block.ndim == 1)):
-                    block.mul_(target)
+                    block.mul_(gain)
                 elif vector:
                     block.zero_()
                 else:
@@ -180,17 +180,17 @@ def _function(values: Iterable[sympy.Expr], rule: WeightRule, what: str) -> str:
 
 
 def _init(rule: WeightRule) -> list[str]:
-    parts = {(_code(block.init_std), _code(block.target * block.branch)) for block in rule.blocks}
+    parts = {(_code(block.init_std), _code(block.gain)) for block in rule.blocks}
     if len(parts) == 1:
-        std, target = parts.pop()
-        return [f"((), {std}, {target})"]
+        std, gain = parts.pop()
+        return [f"((), {std}, {gain})"]
     out = []
     for block in rule.blocks:
         slices: Slices = block.slices
         if slices is None:
             raise NotExpressible(rule.name, "has interleaved blocks of different initial size", "use compiler.init_")
         index = ", ".join(f"slice({_code(s.start)}, {_code(s.stop)})" for s in slices)
-        out.append(f"(({index},), {_code(block.init_std)}, {_code(block.target * block.branch)})")
+        out.append(f"(({index},), {_code(block.init_std)}, {_code(block.gain)})")
     return out
 
 

@@ -35,7 +35,7 @@ def init_(
     """Give every trainable weight the table's initial size, in place, and install the forward multipliers.
 
     Without `base` matrices and embeddings are drawn anew: σ and ‖W‖₂ are the table's formulas at the model's width. What it keeps:
-    weights (and blocks) that are constant, times the block's `target`; all-zero rows of an embedding (padding); vectors and
+    weights (and blocks) that are constant, times the block's `gain`; all-zero rows of an embedding (padding); vectors and
     scalars with a law of their own (decay rates, position tables), whose scale has no width in it. Vectors drawn around zero
     are biases by torch's default law U(±1/√fan_in), which shrinks with width: they become zero. Frozen weights are left alone.
 
@@ -112,7 +112,7 @@ class _Part:
     def __init__(
         self, name: str, block: Block, weight: nn.Parameter, factors: Factors, law: str, generator: torch.Generator | None
     ) -> None:
-        self.name, self.block, self.generator, self.target = name, block, generator, factors.at(block.target * block.branch)
+        self.name, self.block, self.generator, self.gain = name, block, generator, factors.at(block.gain)
         self.absolute = Factors(factors.width, depth=factors.depth)
         self.W, self.sizes = block_view(weight.detach(), axes_of(block, self.absolute.value))
         self.vector = block.fan_in == 1 and not block.lookup
@@ -128,13 +128,13 @@ class _Part:
     def drawn(self) -> Action:
         """By the absolute formulas."""
         if self.kept or (self.vector and not self.bias):
-            return self.times_target
+            return self.times_gain
         return self.W.zero_ if self.bias else self.draw
 
     def rescaled(self, like: Tensor, factors: Factors) -> Action:
         """The user's own draw, in the size of the base model's."""
         if self.kept:
-            return self.times_target
+            return self.times_gain
         B, sizes = block_view(like.detach(), axes_of(self.block, Factors(factors.base or 0).value))
         if _constant(B):
             raise BadOption("base", self.name, "a base model whose weight of this name is drawn at random, as the model's own is")
@@ -142,9 +142,9 @@ class _Part:
         norm = float(spectral_norm(matrices(_working(B), sizes)).mean()) if self.law is not LAWS["gaussian"] else 1.0
         return lambda: self.write(matrices(_working(self.W) * size, self.sizes), norm * factors.at(self.block.spectral_norm))
 
-    def times_target(self) -> None:
-        if self.target != 1:
-            self.W.mul_(self.target)
+    def times_gain(self) -> None:
+        if self.gain != 1:
+            self.W.mul_(self.gain)
 
     def draw(self) -> None:
         X = torch.randn(self.sizes, generator=self.generator, device=self.W.device, dtype=_working(self.W).dtype)

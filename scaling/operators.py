@@ -270,6 +270,12 @@ def matmul(call: Call) -> Written:
     return Written(f"{left}, {right} -> {out}")
 
 
+def inner(call: Call) -> Written:
+    """The last axes of both summed, the others of both in order."""
+    a, b = (" ".join(f"{letter}{i}" for i in range(len(_shape(node, call)) - 1)) for node, letter in zip(call.tensors, "ab", strict=True))
+    return Written(f"{a} k, {b} k -> {a} {b}")
+
+
 def addmm(call: Call) -> Written:
     """A bias of one or two axes plus a product."""
     return Written(f"+{'m n' if len(_shape(call.tensors[0], call)) == 2 else 'n'}, m k, k n -> m n")
@@ -927,7 +933,8 @@ def _full(name: str) -> str:
 _ROWS: list[dict[str, Operator]] = [
     # sums of products
     _signed("... i, o i, +o -> ... o", "linear"),
-    _signed(matmul, "matmul mm bmm mv dot vdot inner"),
+    _signed(matmul, "matmul mm bmm mv dot vdot"),
+    _signed(inner, "inner"),
     _signed(addmm, "addmm"),
     _signed("+b m n, b m k, b k n -> b m n", "baddbmm"),
     _signed("+m n, b m k, b k n -> m n", "addbmm"),
@@ -963,10 +970,10 @@ _ROWS: list[dict[str, Operator]] = [
     # regions of a map
     _signed("_ c _ _, _ _ -> r c h w", "torchvision.roi_align torchvision.roi_pool"),
     # elementwise, beside everything that torch tags as pointwise
-    _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg", linear=True),
+    _signed(elementwise, "add sub rsub mul div multiply divide true_divide neg real imag", linear=True),
     _signed(
         elementwise,
-        "dropout feature_dropout alpha_dropout feature_alpha_dropout complex polar real imag softmax _softmax log_softmax where "
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout complex polar softmax _softmax log_softmax where "
         "masked_fill hardtanh relu6 softplus gelu silu mish hardswish "
         "_log_softmax log_sigmoid_forward native_dropout linalg_cross renorm normal uniform exponential geometric cauchy log_normal random",
     ),
@@ -987,8 +994,8 @@ _ROWS: list[dict[str, Operator]] = [
     _moves(take_slice, "slice narrow"),
     _moves(split, "split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unsafe_split_with_sizes unbind"),
     _moves(getitem, "getitem"),
-    _moves(same, "matrix_exp linalg_qr linalg_cholesky_ex linalg_inv_ex cummax cummin logcumsumexp index_fill", linear=False),
-    _moves(same, "flip roll cumsum cumprod tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
+    _moves(same, "matrix_exp linalg_qr linalg_cholesky_ex linalg_inv_ex cummax cummin logcumsumexp index_fill cumprod", linear=False),
+    _moves(same, "flip roll cumsum tril triu to clone contiguous detach alias type_as nan_to_num rot90 fill zero", linear=True),
     _moves(same, "_conj conj resolve_conj _neg_view resolve_neg", linear=True),
     _moves(pixel_shuffle, "pixel_shuffle"),
     _moves(pixel_unshuffle, "pixel_unshuffle"),
@@ -1004,21 +1011,26 @@ _ROWS: list[dict[str, Operator]] = [
     ),
     _moves(write, "copy index_put masked_scatter"),
     _moves(place, "slice_scatter select_scatter"),
-    _moves(scattered, "scatter scatter_add scatter_reduce index_add index_copy index_reduce", linear=False),
-    _moves(reduce, "sum mean", linear=True),
+    _moves(scattered, "scatter scatter_reduce index_copy index_reduce", linear=False),
+    _moves(scattered, "scatter_add index_add", linear=True),
+    _moves(reduce, "sum nansum mean", linear=True),
     _moves(
         reduce,
-        "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean nansum nanmedian "
+        "amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax median var_mean std_mean nanmedian "
         "kthvalue mode aminmax",
         linear=False,
     ),
     _moves(
         grid,
-        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
         "fractional_max_pool2d max_unpool2d pad constant_pad_nd reflection_pad1d reflection_pad2d "
-        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _adaptive_avg_pool2d",
+        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
         linear=False,
+    ),
+    _moves(
+        grid,
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d",
+        linear=True,
     ),
     _moves(
         resample,

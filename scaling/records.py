@@ -148,6 +148,11 @@ class Block(_Map):
         return tuple(out)
 
     @property
+    def gain(self) -> sympy.Expr:
+        """The size of the output over that of the input: what multiplies a weight that keeps its own law (a constant, a decay rate)."""
+        return self.target * self.branch / self.input_scale
+
+    @property
     def init_std(self) -> sympy.Expr:
         """σ of the initial Gaussian entries."""
         return optimizers.init_std(self)

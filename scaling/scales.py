@@ -7,9 +7,11 @@ over d) is made up for in the init and learning rates of the map before it, an e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import sympy
 from torch import fx
@@ -19,7 +21,7 @@ from scaling.graph import Call, LayerGraph
 from scaling.growth import Growth
 from scaling.limits import WIDTH, exponent
 from scaling.notation import formula
-from scaling.operators import rule_of
+from scaling.operators import bind, rule_of
 from scaling.optimizers import Map, attained
 from scaling.records import Contraction, Use, WeightRule
 from scaling.uses import Dot, WeightUse, sum_of
@@ -252,6 +254,67 @@ def _reduced(power: sympy.Expr) -> Rule:
     return rule
 
 
+def _norm(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    return _reduced(_root(call.get("ord", call.get("p", 2))))(sizes, call, inputs)
+
+
+def _root(p: Any) -> sympy.Expr:
+    """1/p: the p-norm of n entries of like size is n^(1/p) times it (2 unless it is a number)."""
+    return HALF if not isinstance(p, (int, float)) or p <= 0 else sympy.Integer(0) if math.isinf(p) else 1 / sympy.Rational(Fraction(p))
+
+
+def _loss(power: int) -> Rule:
+    """|x - y|ᵖ, entry by entry, their mean or (2 for torch) their sum."""
+
+    def rule(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+        size = max(inputs, key=exponent) ** power if inputs else ONE
+        return _all_of(sizes, call, size, ONE) if call.get("reduction") == 2 else size
+
+    return rule
+
+
+def _distance(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    return _all_of(sizes, call, max(inputs, key=exponent), _root(call.get("p", 2))) if inputs else ONE
+
+
+def _all_of(sizes: _Sizes, call: Call, size: sympy.Expr, power: sympy.Expr) -> sympy.Expr:
+    """Over all entries of two values, which are broadcast together."""
+    counts = [sympy.Mul(*map(sizes.growth.of, sizes.growth.axes.dims.get(node, ()))) for node in call.tensors if node is not None]
+    return size * max((count**power for count in counts), key=exponent, default=ONE)
+
+
+def _cumulated(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    source = call.tensors[0]
+    dims = sizes.growth.axes.dims.get(source, ()) if source is not None else ()
+    return sympy.Mul(*inputs[:1], *(sizes.growth.of(dims[call.get("dim")]) for _ in dims[:1] if sizes.growth.grows(dims[call.get("dim")])))
+
+
+def _scattered(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    """Sums of those entries that have the same index."""
+    own, *_, added = (sizes.growth.axes.dims.get(node, ()) for node in call.tensors if node is not None)
+    more = sizes.growth.of(added[call.get("dim")]) / sizes.growth.of(own[call.get("dim")]) if own and added else ONE
+    return max(inputs, key=exponent) * max(more, ONE, key=exponent) if inputs else ONE
+
+
+def _contracted(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    """The sums of an einsum of one value; a product of two over a growing axis is a contraction of its own."""
+    bound = bind(call, sizes.growth.axes) if len(call.tensors) == 1 else None
+    kept = {label.name for axis in bound[1].output.axes for label in axis} if bound is not None else set()
+    gone = [dim for binding in (bound[0] if bound else ()) for axis in binding.axes for label, dim in axis if label.name not in kept]
+    return sympy.Mul(*inputs, *(sizes.growth.of(dim) for dim in gone))
+
+
+def _fourier(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    """n^(1/2) times as large in the root of the mean square (Parseval), less what its `norm` divides by."""
+    source = call.tensors[0]
+    dims = sizes.growth.axes.dims.get(source, ()) if source is not None else ()
+    given = call.get("dim", None)
+    which = range(len(dims)) if given is None else [given] if isinstance(given, int) else given
+    norm = call.get("norm", None)
+    divided = {"ortho": HALF, "forward": ONE}.get(norm, ONE if norm is None and "_i" in call.name else sympy.Integer(0))
+    return sympy.Mul(*inputs, *(sizes.growth.of(dims[i]) ** (HALF - divided) for i in which if dims and sizes.growth.grows(dims[i])))
+
+
 def _first(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
     return inputs[0] if inputs else ONE
 
@@ -261,15 +324,22 @@ NORMALIZES = {"aten.layer_norm", "aten.rms_norm"}
 """Operators whose value has entries of size 1."""
 
 SIZES: dict[str, Rule] = {
-    **{f"aten.{name}": _product for name in ("mul", "multiply", "matmul", "bmm", "mm", "einsum")},
+    **{f"aten.{name}": _product for name in ("mul", "multiply", "matmul", "bmm", "mm", "inner")},
+    "aten.einsum": _contracted,
     **{f"aten.{name}": _quotient for name in ("div", "divide", "true_divide")},
-    **{f"aten.{name}": _reduced(HALF) for name in ("linalg_vector_norm", "norm")},
+    **{f"aten.{name}": _norm for name in ("linalg_vector_norm", "norm")},
+    "aten.dist": _distance,
+    **{f"aten.fft_{inverse}{kind}{rank}": _fourier for inverse in ("", "i") for kind in ("fft", "rfft") for rank in ("", "2", "n")},
+    "aten.mse_loss": _loss(2),
+    **{f"aten.{name}": _loss(1) for name in ("l1_loss", "smooth_l1_loss", "huber_loss")},
+    "aten.cumsum": _cumulated,
+    **{f"aten.{name}": _scattered for name in ("index_add", "scatter_add")},
     **{
         f"aten.{name}": _first for name in ("relu", "leaky_relu", "abs", "clamp", "clamp_min", "maximum", "minimum", "masked_fill", "where")
     },
     **{f"aten.{name}": _first for name in ("std", "amax", "amin", "max", "min", "mean")},
     "aten.var": _power(sympy.Integer(2)),
-    "aten.sum": _reduced(ONE),
+    **{f"aten.{name}": _reduced(ONE) for name in ("sum", "nansum")},
     "aten.square": _power(sympy.Integer(2)),
     "aten.sqrt": _power(HALF),
     "aten.rsqrt": _power(-HALF),

@@ -42,7 +42,7 @@ EXAMPLES = {
     "mv": (torch.mv, (R(5, 3), R(3))),
     "dot": (torch.dot, (R(3), R(3))),
     "vdot": (torch.vdot, (R(3), R(3))),
-    "inner": (torch.inner, (R(3), R(3))),
+    "inner": (torch.inner, (R(2, 5, 3), R(4, 3))),
     "addmm": (torch.addmm, (R(4), R(2, 3), R(3, 4))),
     "baddbmm": (torch.baddbmm, (R(2, 5, 4), R(2, 5, 3), R(2, 3, 4))),
     "einsum": (lambda a, b: torch.einsum("bcd,edf->bef", a, b), (R(2, 5, 3), R(4, 3, 6))),

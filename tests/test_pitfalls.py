@@ -18,7 +18,7 @@ import compiler
 from compiler.optimizer import SpectralOptimizer
 from scaling import derive, flow, verify
 from scaling.errors import ConflictingUses
-from scaling.limits import WIDTH
+from scaling.limits import WIDTH, exponent
 from scaling.parametrizations import parametrization
 
 d, R, ONE = WIDTH, sympy.Rational, sympy.Integer(1)
@@ -246,6 +246,45 @@ def test_p29_a_temperature_has_a_constant_rate_and_the_sum_it_scales_needs_1_ove
     scaled = net(lambda m, x: m.t * (m.stem(x) @ m.right(x).mT) / m.stem.out_features, parts)
     assert (scaled.contractions[0].present, scaled.contractions[0].folded) == (1 / d, ())
     assert rejected(scaled, "t", "sgd", lr=d)["t", "update"] == 1
+
+
+SUMS = {
+    "nansum": (lambda h: h.nansum(-1), 1),
+    "cumsum": (lambda h: h.cumsum(-1)[:, -1], 1),
+    "einsum": (lambda h: torch.einsum("bi->b", h), 1),
+    "scatter_add": (lambda h: h.new_zeros(len(h), 4).scatter_add(1, (torch.arange(h.shape[1]) % 4).expand_as(h), h), 1),
+    "index_add": (lambda h: h.new_zeros(len(h), 4).index_add(1, torch.arange(h.shape[1]) % 4, h), 1),
+    "dist": (lambda h: torch.dist(h[0], h[1]), R(1, 2)),
+    "1-norm": (lambda h: h.norm(p=1, dim=-1), 1),
+    "mse_loss": (lambda h: F.mse_loss(h, h.relu(), reduction="sum"), 1),
+    "l1_loss": (lambda h: F.l1_loss(h, h.relu(), reduction="sum"), 1),
+    "their means": (lambda h: h.nansum(-1) / h.shape[1] + F.mse_loss(h, h.relu()) + h.norm(p=1, dim=-1) / h.shape[1], 0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_p58_a_sum_over_the_width_by_any_operator_is_as_large_as_its_terms_are_many(name):
+    summed, power = SUMS[name]
+    table = net(lambda m, x: summed(m.stem(x)), lambda w: {"out": nn.Identity()})
+    assert [exponent(one.dim) for one in table.contractions] == ([power] if power else [])
+    assert flow(table).of("").change == power
+    assert bool(verify(table)) is (power == 0)
+
+
+def test_p58_a_map_after_a_sum_over_the_width_makes_up_for_it_by_its_init_too():
+    def build(w):
+        return Net(lambda m, x: m.head(m.stem(x).sum(-1, keepdim=True)), stem=linear(16, w), head=linear(1, 4))
+
+    model = build(64)
+    before = model.head.weight.detach().clone()
+    compiler.init_(model, derive(build, X, widths=(64, 128)))
+    assert torch.equal(model.head.weight, before / 64)
+
+
+def test_p58_fourier_transforms_are_larger_by_the_root_of_the_width_unless_normed():
+    for norm, power in ((None, R(1, 2)), ("ortho", 0)):
+        table = net(lambda m, x, norm=norm: m.out(torch.fft.fft(m.stem(x), norm=norm).real), lambda w: {})
+        assert exponent(table["out.weight"].uses[0].input_scale) == power
 
 
 def test_p58_sums_over_the_width_that_no_map_follows_are_a_failure_with_their_line():

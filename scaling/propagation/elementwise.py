@@ -9,8 +9,9 @@ from scaling.graph import Call
 from scaling.orders import CONSTANT, NOTHING, ZERO, Exponent, Pieces, State, joined, least, minus, plus, shared, times, top, zipped
 from scaling.propagation.context import TINY, Context, Result, Values, largest, nothing, shape_of
 from scaling.propagation.pointwise import powered
+from scaling.propagation.reductions import sum_of
 
-__all__ = ["added", "broadcast", "merged", "multiplied", "placed", "product_of", "zeros"]
+__all__ = ["added", "broadcast", "merged", "multiplied", "placed", "product_of", "scattered", "zeros"]
 
 
 def broadcast(context: Context, call: Call, node: fx.Node | None, d: Pieces[Exponent]) -> Pieces[Exponent]:
@@ -122,6 +123,23 @@ def _covers(value: Pieces[State], shape: tuple[int, ...]) -> bool:
     """Whether a value's parts lie along those of a shape: what a scatter writes has lengths of its own."""
     own = () if value.labels is None else tuple(value.labels.shape)
     return len(own) <= len(shape) and all(size in {1, whole} for size, whole in zip(own[::-1], shape[::-1], strict=False))
+
+
+def scattered(context: Context, call: Call, values: Values) -> Result | None:
+    """index_add, scatter_add: each entry is a value's own and a sum of those of the other that have its index."""
+    (base, whole), *_, (added, terms) = ((n, v) for n, v in zip(call.tensors, values, strict=True) if n is not None)
+    axis = call.get("dim")
+    if whole is None or terms is None:
+        return None
+    order = context.order(context.dims(added)[axis]) - context.order(context.dims(base)[axis])
+    if order <= 0:
+        return merged(context, call, values)
+    own, sums = whole.whole(joined), sum_of(terms.whole(joined), order)
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        return [None if v is None else Pieces.of(d.whole(largest)) for v in values]
+
+    return Pieces.of(joined((own, sums))), pull
 
 
 def placed(context: Context, call: Call, values: Values) -> Result | None:

@@ -10,7 +10,21 @@ from scaling.orders import UNKNOWN, ZERO, Exponent, Pieces, State, joined, least
 from scaling.propagation.context import HALF, Context, Result, Rule, Values, largest, nothing
 from scaling.propagation.pointwise import positive, powered, unary
 
-__all__ = ["deviation", "difference", "entropy", "extreme", "mean", "norm_of", "over", "softmax", "sum_of", "summed", "variance"]
+__all__ = [
+    "cumulated",
+    "deviation",
+    "difference",
+    "distance",
+    "entropy",
+    "extreme",
+    "mean",
+    "norm_of",
+    "over",
+    "softmax",
+    "sum_of",
+    "summed",
+    "variance",
+]
 
 
 def _reduced(context: Context, call: Call) -> Fraction:
@@ -57,13 +71,39 @@ mean = _reduce(lambda x, k: sum_of(x, k).scaled(-k), lambda x, k: -k)
 variance = _reduce(_mean_square, lambda x, k: minus(x.after, k))
 deviation = _reduce(lambda x, k: positive(x)[0], lambda x, k: -k)
 extreme = _reduce(lambda x, k: positive(x)[0], lambda x, k: ZERO)
-_norm = _reduce(lambda x, k: positive(x)[0].scaled(k * HALF), lambda x, k: -k * HALF)
 
 
 def norm_of(context: Context, call: Call, values: Values) -> Result | None:
-    """The 2-norm; any other only over axes that do not grow."""
+    """The p-norm: n^(1/p) entries of like size, so over a growing axis not the largest of them (p = ∞), of which no rule tells."""
     kind = call.get("ord", call.get("p", 2))
-    return _norm(context, call, values) if kind in {None, 2} or _reduced(context, call) == 0 else None
+    order, p = _reduced(context, call), 2 if kind is None else kind
+    if order == 0:
+        return over(values, lambda x: positive(x)[0], lambda x: ZERO)
+    if p not in {1, 2}:
+        return None
+    size = order / int(p)
+    return over(values, lambda x: positive(x)[0].scaled(size), lambda x: size - order)
+
+
+def distance(context: Context, call: Call, values: Values) -> Result | None:
+    """‖x - y‖₂ of all entries."""
+    pair = [value.whole(joined) for value in values if value is not None]
+    nodes = [node for node in call.tensors if node is not None]
+    if not pair or call.get("p", 2) != 2:
+        return None
+    order = max(context.orders(node) for node in nodes)
+
+    def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
+        return [None if value is None else Pieces.of(plus(d.whole(largest), -order * HALF)) for value in values]
+
+    return Pieces.of(positive(joined(pair))[0].scaled(order * HALF)), pull
+
+
+def cumulated(context: Context, call: Call, values: Values) -> Result | None:
+    """Sums of the first k entries of an axis, for every k: most of them over a share of it."""
+    node = call.tensors[0]
+    order = context.order(context.dims(node)[call.get("dim")]) if node is not None and context.dims(node) else ZERO
+    return over(values, lambda x: sum_of(x, order), lambda x: context.gathered(order))
 
 
 def softmax(context: Context, call: Call, values: Values) -> Result | None:
@@ -92,8 +132,8 @@ def _mean_of(context: Context, call: Call) -> Fraction:
     return context.orders(node) if node is not None and call.get("reduction", MEAN) == MEAN else ZERO
 
 
-MEAN = 1
-"""torch's number for reduction="mean"."""
+MEAN, SUM = 1, 2
+"""torch's numbers for reduction="mean" and "sum"."""
 
 
 def entropy(context: Context, call: Call, values: Values) -> Result | None:
@@ -112,6 +152,8 @@ def difference(power: int) -> Rule:
             return None
         apart, order = joined(pair), _mean_of(context, call)
         size = powered(power)(apart)[0]
+        if call.get("reduction", MEAN) == SUM and pair:
+            size = size.scaled(max(context.orders(node) for node in call.tensors[:2] if node is not None))
         slope = plus(apart.after, Fraction(-order)) if power == 2 else -order
 
         def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:

@@ -13,7 +13,7 @@ from scaling.propagation import reductions
 from scaling.propagation.attention import attention
 from scaling.propagation.context import HALF, Context, Result, Rule, Values
 from scaling.propagation.contraction import contraction
-from scaling.propagation.elementwise import added, merged, multiplied, placed, zeros
+from scaling.propagation.elementwise import added, merged, multiplied, placed, scattered, zeros
 from scaling.propagation.moving import glu, kept, lookup, moves
 from scaling.propagation.norms import normalisation
 from scaling.propagation.pointwise import clamp, powered, raised, unary
@@ -44,16 +44,19 @@ _ROWS: list[tuple[Rule, str]] = [
     # several values, entry by entry
     (added, "add sub rsub"),
     (multiplied, "mul div multiply divide true_divide"),
-    (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_add index_copy scatter scatter_add scatter_reduce"),
+    (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_copy scatter scatter_reduce"),
+    (scattered, "index_add scatter_add"),
     (placed, "slice_scatter select_scatter"),
     (zeros, "new_zeros zeros_like"),
     # over an axis
-    (reductions.summed, "sum"),
+    (reductions.summed, "sum nansum"),
+    (reductions.cumulated, "cumsum"),
     (reductions.mean, "mean"),
     (reductions.variance, "var"),
     (reductions.deviation, "std"),
     (reductions.extreme, "amax amin max min median logsumexp"),
     (reductions.norm_of, "norm linalg_vector_norm"),
+    (reductions.distance, "dist"),
     (reductions.softmax, "softmax _softmax log_softmax _log_softmax"),
     (normalisation, "layer_norm rms_norm batch_norm group_norm instance_norm"),
     (reductions.entropy, "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d binary_cross_entropy binary_cross_entropy_with_logits kl_div"),
@@ -73,7 +76,7 @@ _ROWS: list[tuple[Rule, str]] = [
     (moves, "pixel_shuffle"),
     # sizes stay as long as no growing axis changes its length
     (kept, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
-    (kept, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices _adaptive_avg_pool2d cumsum cumprod"),
+    (kept, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices _adaptive_avg_pool2d cumprod"),
     (kept, "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d"),
     (kept, "upsample_trilinear3d pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"),
 ]
