@@ -63,14 +63,13 @@ def folded(
 ) -> tuple[list[Contraction], list[Fold]]:
     """The contractions over growing axes, and what each asks of a weight upstream; `size` is that of an activation, in d."""
     contractions, folds = [], []
+    dots = [dot for dot in dots if growth.grows(dot.dim)]
     for dot in dots:
-        if not growth.grows(dot.dim):
-            continue
         length = growth.of(dot.dim)
         calls = _around(graph, growth, dot)
         present = length ** _power(_scalars(graph, dot, calls), growth.axes.size(dot.dim)) * size(dot.left) * size(dot.right)
         rest = 1 / (length * present)
-        found = _carriers(graph, dot) if exponent(rest) != 0 else []
+        found = _carriers(graph, dot, dots) if exponent(rest) != 0 else []
         contraction = Contraction(
             operator=dot.call.name,
             source=dot.call.source,
@@ -85,12 +84,40 @@ def folded(
     return contractions, folds
 
 
-def _carriers(graph: LayerGraph, dot: Dot) -> list[Carrier]:
-    """The weights of the left factor, or of the right; of both if they are the same ones (two towers that share their weights)."""
+def _carriers(graph: LayerGraph, dot: Dot, dots: list[Dot]) -> list[Carrier]:
+    """The weights of the left factor, or of the right; of both if they are the same ones (two towers that share their weights).
+
+    Of the two sooner one that makes nothing else: what is also looked at otherwise (tokens that a router compares with slots, and mixes)
+    would be as small there.
+    """
     left, right = upstream(graph, dot.left), upstream(graph, dot.right)
     if left and right and {(c.weight, c.selection) for c in left} == {(c.weight, c.selection) for c in right}:
         return list(dict.fromkeys(left + right))
-    return left or right or []
+    sides = [side for side in (left, right) if side]
+    factors = {(product, factor) for other in dots for product in _products(other) for factor in (other.left, other.right)}
+    only = (side for side in sides if all(_only_for(graph, carrier.call.node, factors) for carrier in side))
+    return next(only, next(iter(sides), []))
+
+
+def _products(dot: Dot) -> tuple[fx.Node, ...]:
+    """Where the factors meet: the call itself, or the product entry by entry that it sums."""
+    return (dot.call.node, *(n for n in dot.call.tensors[:1] if n is not None and dot.call.name == "aten.sum"))
+
+
+def _only_for(graph: LayerGraph, node: fx.Node, factors: set[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether a value, itself or what keeps its scale, is a factor of such products and nothing else."""
+    todo, seen = [node], {node}
+    while todo:
+        value = todo.pop()
+        for user in value.users:
+            call = graph.calls.get(user)
+            if (user, value) in factors and value not in (call.tensors[2:3] if call is not None else ()):  # keys that are values too
+                continue
+            if call is None or not is_linear(call) or _times_data(graph, call):
+                return False
+            todo += [user] if user not in seen else []
+            seen.add(user)
+    return True
 
 
 def upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None = None, *, alone: bool = False) -> list[Carrier] | None:
@@ -106,7 +133,7 @@ def upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None = Non
     own = [Carrier(main, call, selection) for weight in weights for main in graph.mains(weight)]
     if weights and call.name not in {"aten.add", "aten.sub"}:
         return own
-    if not is_linear(call) or (call.name in {"aten.mul", "aten.div"} and len(data) > 1):
+    if not is_linear(call) or _times_data(graph, call):
         return None
     part = taken(call)
     out = own
@@ -116,6 +143,10 @@ def upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None = Non
             return None
         out += found
     return list(dict.fromkeys(out)) or None
+
+
+def _times_data(graph: LayerGraph, call: Call) -> bool:
+    return call.name in {"aten.mul", "aten.div"} and len({n for n in call.tensors if n is not None and n in graph.data}) > 1
 
 
 def taken(call: Call) -> Selection | None:

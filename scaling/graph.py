@@ -122,6 +122,7 @@ GATHERED = {*(f"aten.{name}" for name in ("stack", "cat", "concat", "concatenate
 """Operators that put weights beside each other: a bank of them, rows or columns of one matrix. Each keeps its own entries."""
 
 LOOKUPS = {"aten.embedding", "aten.embedding_bag", "aten.index_select"}
+BATCHED = {"aten.bmm", "aten.matmul"}
 CONTRACT = {*(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "einsum", "conv1d", "conv2d", "conv3d"))}
 """Operators that give data if a weight meets a constant in them: the sines of positions, a grid of coordinates."""
 
@@ -215,7 +216,9 @@ class LayerGraph:
             else:
                 inputs = [kinds[n] for n in node.all_input_nodes]
                 weights = inputs.count("weight")
-                if (
+                if _is_a_map_looked_up(node, kinds):
+                    kinds[node] = "weight"
+                elif (
                     "data" in inputs
                     or (weights > 1 and call.name not in COMBINE | GATHERED and not _becomes_a_kernel(node))
                     or (call.name in LOOKUPS and weights)
@@ -225,6 +228,57 @@ class LayerGraph:
                 else:
                     kinds[node] = "weight" if weights else "constant"
         return kinds
+
+
+def _is_a_map_looked_up(node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+    """Whether this takes matrices by ids out of a bank of them, which a product with data takes as its weight.
+
+    One of their own axes is summed over, another survives: they are maps, as those of a bank that is taken whole. (A vector that is looked
+    up and then compared with data is an embedding.)
+    """
+    if (
+        operator_name(node) not in {"aten.index", "aten.index_select"}
+        or not node.all_input_nodes
+        or kinds[node.all_input_nodes[0]] != "weight"
+    ):
+        return False
+    source = node.all_input_nodes[0].meta["val"]
+    if operator_name(node) == "aten.index":
+        ids = node.args[1]
+        if not isinstance(ids, (list, tuple)) or sum(i is not None for i in ids) != 1:
+            return False
+        at = next(i for i, x in enumerate(ids) if x is not None)
+    else:
+        at = int(node.args[1]) % source.dim()  # pyright: ignore[reportArgumentType]
+    rank = node.meta["val"].dim() - source.dim() + 1
+    own = [i not in range(at, at + rank) for i in range(node.meta["val"].dim())]
+    return sum(own) > 1 and _multiplied(node, own)
+
+
+def _multiplied(node: fx.Node, own: list[bool]) -> bool:
+    """Whether all that is done with a value is products that sum over one of its `own` axes and keep another."""
+    return bool(node.users) and all(_multiplied_by(user, node, own) for user in node.users)
+
+
+def _multiplied_by(user: fx.Node, node: fx.Node, own: list[bool]) -> bool:
+    name = operator_name(user) if user.op == "call_function" else ""
+    if name in {"aten.transpose", "aten.mT"}:
+        a, b = user.args[1:] if name == "aten.transpose" else (-2, -1)
+        turned = list(own)
+        turned[a], turned[b] = own[b], own[a]  # pyright: ignore
+        return _multiplied(user, turned)
+    if len(user.all_input_nodes) != 2:
+        return False
+    if name in BATCHED:
+        return len(own) > 2 and own[-1] and own[-2]
+    if name != "aten.einsum":
+        return False
+    sides, _, kept = str(user.args[0]).replace(" ", "").partition("->")
+    mine, other = sides.split(",") if user.args[1][0] is node else reversed(sides.split(","))  # pyright: ignore
+    if "." in sides or len(mine) != len(own):
+        return False
+    letters = [letter for letter, is_own in zip(mine, own, strict=True) if is_own]
+    return any(i in other and i not in kept for i in letters) and any(i in kept and i not in other for i in letters)
 
 
 def _becomes_a_kernel(node: fx.Node) -> bool:

@@ -217,7 +217,8 @@ def _use(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...]) 
         spans.append(tuple((atom, parts.get(id(atom))) for atom in inner))
     if not any(part for span in spans for _, part in span):
         spans = _of_the_same_dimension(graph, axes, call, chain, spans)
-    inner_part = "out" if any(part == "in" for span in spans for _, part in span) else "in"
+    found = {part for span in spans for _, part in span}
+    inner_part = "copy" if {"in", "out"} <= found else "out" if "in" in found else "in"
     spans = [tuple(Span(atom.size, part or _dropped(atom, inner_part)) for atom, part in span) for span in spans]
     return WeightUse(weight=weight, call=call, operand=operand, ranges=tuple(ranges), spans=tuple(spans))
 
@@ -236,7 +237,10 @@ def _of_the_same_dimension(graph: LayerGraph, axes: Axes, call: Call, chain: tup
 
 
 def _dropped(atom: Atom, inner: str) -> str:
-    """A factor that is gone before data is met: looked up by ids, one map per index, or between two weights (the rank of B·A)."""
+    """A factor that is gone before data is met: looked up by ids, one map per index, or between two weights.
+
+    There it is the other side of what is left of a map (the rank of B·A), or counts maps that are mixed to one (a basis of matrices).
+    """
     return "lookup" if "looked_up" in atom.facts else "copy" if "indexed" in atom.facts else inner
 
 

@@ -177,6 +177,52 @@ def test_a_gate_that_is_also_part_of_what_is_added_is_one_vector():
     assert table["gate.weight"].role == table["start.weight"].role == "vector"
 
 
+# products of two activations, and weights that are looked up
+
+
+@pytest.mark.parametrize("values_first", [False, True])
+def test_of_two_factors_the_one_that_nothing_else_looks_at_carries_the_scale(values_first):
+    """Tokens compared with slots are also what is mixed: were they 1/d in size, all after them would be."""
+
+    def run(m, x):
+        h, slots = m.inp(x), m.mid(m.inp(x))
+        scores = (h @ slots.mT if values_first else slots @ h.mT).softmax(-1)
+        return m.out(scores @ h)
+
+    table = table_of(run)
+    assert table["inp.weight"].exponent("init_std") == 0
+    assert table["mid.weight"].exponent("init_std") == Rational(-3, 2)
+
+
+class Bank(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.maps, self.mix = nn.Parameter(torch.zeros(3, width, width)), nn.Parameter(torch.zeros(4, 3))
+
+    def made(self):
+        return (self.mix @ self.maps.flatten(1)).view(4, *self.maps.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, h, which: torch.bmm(h[:, None], m.maps[which])[:, 0],
+        lambda m, h, which: torch.bmm(m.maps[which].mT, h[:, :, None]).squeeze(2),
+        lambda m, h, which: (h[:, None] @ m.maps.index_select(0, which)).squeeze(1),
+        lambda m, h, which: torch.einsum("ni,nkoi->nko", h, m.maps[which[:, None].expand(-1, 2)]).sum(1),
+        lambda m, h, which: torch.bmm(h[:, None], m.made()[which])[:, 0],
+    ],
+    ids=["bmm", "transposed", "index_select", "einsum", "made of a basis"],
+)
+def test_a_matrix_that_is_looked_up_is_a_map_and_no_embedding(run):
+    """Experts taken by a router's choice, a matrix for every relation of a graph."""
+    table = table_of(lambda m, x, which: m.out(run(m.bank, m.inp(x), which)), (torch.zeros(3, 7), torch.tensor([0, 1, 2])), bank=Bank)
+    rule = table["bank.maps"]
+    assert rule.role == "hidden"
+    assert [rule.exponent(name) for name in ("init_std", "sgd", "adam", "muon")] == [Rational(-1, 2), 0, -1, 0]
+    assert rule.fan_in == rule.fan_out == d  # of one matrix, not of all three
+
+
 # convolutions that torch has not
 
 
