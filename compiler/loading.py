@@ -14,7 +14,7 @@ from compiler.options import NEW_OPTIONS, check_group
 from compiler.shards import local
 from compiler.updates import BUFFERS
 
-__all__ = ["check_state", "exactly"]
+__all__ = ["check_state", "exactly", "without_gaps"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -48,6 +48,12 @@ def check_state(state_dict: Mapping[str, Any], groups: Groups) -> None:
             if name in SHAPED and value.shape != W.shape:
                 what = f"{name} of weight number {key} has shape {tuple(value.shape)}, the weight {tuple(W.shape)}"
                 raise BadState(what, "build model and groups as when it was saved")
+
+
+def without_gaps(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the empty dicts that torch.distributed.checkpoint's flattened form has for what was not saved, as it was not there yet."""
+    kept = {key: {name: value for name, value in state.items() if value != {}} for key, state in state_dict["state"].items()}
+    return {**state_dict, "state": {key: state for key, state in kept.items() if state}}
 
 
 def exactly(

@@ -23,7 +23,7 @@ from compiler.exchange import Traffic
 from compiler.fused import Bounds, batches, fits
 from compiler.gradients import Ready, over_any, read, watched
 from compiler.kernels import table
-from compiler.loading import check_state, exactly
+from compiler.loading import check_state, exactly, without_gaps
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
 from compiler.options import (
     NEW_OPTIONS,
@@ -199,9 +199,10 @@ class SpectralOptimizer(Optimizer):
         given: dict[str, Any] = {}
         scheduled = [{name: group[name] for name in SCHEDULED} for group in self.param_groups]
 
-        def check(_: Optimizer, changed: dict[str, Any]) -> None:
-            given.update(changed)  # by other hooks, which have run before this one
-            check_state(changed, self.param_groups)
+        def check(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
+            given.update(without_gaps(changed))  # by other hooks, which have run before this one
+            check_state(given, self.param_groups)
+            return given
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(lambda _: exactly(given, self.param_groups, self.state, scheduled), prepend=True)

@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ranks import over
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -107,6 +107,23 @@ def test_a_checkpoint_of_2_ranks_resumes_on_4_as_if_a_single_process_had_gone_on
 def test_a_checkpoint_of_4_ranks_resumes_on_1(tmp_path):
     over(4, save, tmp_path, str(tmp_path))
     over(1, resume, tmp_path, str(tmp_path), 1e-6)
+
+
+def test_a_flattened_checkpoint_resumes_though_a_weight_had_no_gradient_yet():
+    """Where a weight has no state torch fills in an empty dict for each of what it would have."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    for kind in KINDS:
+        model, other = fresh(), fresh(seed=1)
+        optimizer, resumed = optimizer_of(model, kind), optimizer_of(other, kind)
+        for one in (model, other):
+            one.mid.requires_grad_(False)
+        train(model, optimizer, range(2))
+        for one in (model, other):
+            one.mid.requires_grad_(True)
+        parts = get_state_dict(model, optimizer, options=flat)
+        set_state_dict(other, resumed, model_state_dict=parts[0], optim_state_dict=parts[1], options=flat)
+        train(model, optimizer, range(2, 4)), train(other, resumed, range(2, 4))
+        assert furthest(model, other) == 0
 
 
 # --- what is the same on all ranks --------------------------------------------------------------------------------------------
