@@ -72,8 +72,11 @@ class _Multiply:
     def __init__(self, factor):
         self.factor = factor
 
-    def input(self, module, args):
-        return (args[0] * self.factor, *args[1:])
+    def input(self, module, args, kwargs):
+        if args:
+            return (args[0] * self.factor, *args[1:]), kwargs
+        first, *_ = kwargs
+        return args, {**kwargs, first: kwargs[first] * self.factor}
 
     def output(self, module, args, output):
         return output * self.factor
@@ -85,7 +88,7 @@ def multiply_(model, d, base=None):
         hook = _Multiply(factor(d) / (factor(base) if base else 1))
         module = model.get_submodule(path)
         if side == "input":
-            module.register_forward_pre_hook(hook.input)
+            module.register_forward_pre_hook(hook.input, with_kwargs=True)
         else:
             module.register_forward_hook(hook.output)
 
@@ -110,6 +113,9 @@ def param_groups(model, d, lr, weight_decay=0.0, eps=1e-8, base=None):
 def emit(table: ScalingTable, path: str | os.PathLike[str], optimizer: str = "adam") -> Path:
     """Write init, forward multipliers and parameter groups as formulas in d (and in L), one entry per distinct rule.
 
+    From the same weights the groups take the steps of `compiler.compile` bit for bit on a CPU. The init has its laws, but draws other
+    numbers from a seed, as it goes rule by rule.
+
     Args:
         table: from `scaling.derive`.
         path: the file to write.
@@ -127,7 +133,7 @@ def emit(table: ScalingTable, path: str | os.PathLike[str], optimizer: str = "ad
         raise UnknownName("optimizer of a plain file", optimizer, plain)
     rules: dict[str, list[str]] = {}
     for rule in table:
-        rules.setdefault(_fields(rule, OPTIMIZERS[optimizer].family), []).append(rule.name)
+        rules.setdefault(_fields(rule, optimizer), []).append(rule.name)
     head, body = (HEAD, BODY) if table.residual is None else (_deep(HEAD), _deep(BODY))
     text = head.format(model=table.model or "a model", size=table.size, usage=USAGE[optimizer])
     text += "RULES = [\n" + "".join(_entry(names, fields) for fields, names in rules.items()) + "]\n\n"
@@ -159,10 +165,10 @@ def _entry(names: list[str], fields: str) -> str:
     return f'    {{\n        "names": [\n{lines}        ],\n{fields}    }},\n'
 
 
-def _fields(rule: WeightRule, family: str) -> str:
+def _fields(rule: WeightRule, optimizer: str) -> str:
     """The entries of one rule; equal text is one rule."""
-    lines = {"lr": _function([block.lr[family] for block in rule.blocks], rule, "learning rates")}
-    if family == "adam":
+    lines = {"lr": _function([block.lr[OPTIMIZERS[optimizer].family] for block in rule.blocks], rule, "learning rates")}
+    if optimizer == "adam":
         lines["eps"] = _function([block.eps for block in rule.blocks], rule, "values of Adam's ε")
     lines["init"] = "lambda d: [" + ", ".join(_init(rule)) + "]"
     lines["vector"] = str(all(_vector(block) for block in rule.blocks))

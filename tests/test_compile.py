@@ -684,10 +684,18 @@ def test_an_emitted_file_makes_the_same_groups(name, base, tmp_path):
     ours = compiler.param_groups(model, MLP_TABLE, OPTIMIZERS[name].family, lr=0.1, weight_decay=0.2, eps=1e-6, base=base)
 
     def flat(groups):
-        return {n: [g[key] for key in ("lr", "weight_decay", "eps") if key in g] for g in groups for n in g["param_names"]}
+        keys = ("lr", "weight_decay", "eps") if name == "adam" else ("lr", "weight_decay")
+        return {n: [g[key] for key in keys] for g in groups for n in g["param_names"]}
 
     assert flat(theirs) == {key: pytest.approx(value) for key, value in flat(ours).items()}
     (torch.optim.AdamW if name == "adam" else torch.optim.SGD)(theirs)
+
+
+def test_an_emitted_file_for_a_sign_optimizer_has_no_eps_of_adam(tmp_path):
+    """In whose values alone the blocks of mixed.weight differ."""
+    groups = load(compiler.emit(TABLE, tmp_path / "rules.py", optimizer="sign")).param_groups(Net(WIDTH), WIDTH, lr=0.1)
+    assert all("eps" not in group for group in groups)
+    assert any("mixed.weight" in group["param_names"] for group in groups)
 
 
 def test_an_emitted_file_makes_the_same_init(tmp_path):
@@ -712,6 +720,8 @@ def test_an_emitted_file_holds_the_multipliers_and_refuses_another_model(tmp_pat
     plain.load_state_dict(model.state_dict())
     emitted.multiply_(model, WIDTH)
     torch.testing.assert_close(model(tokens()), plain(tokens()) / WIDTH)
+    hidden = torch.randn(3, WIDTH)
+    torch.testing.assert_close(model.head(input=hidden), plain.head(hidden) / WIDTH)
     model.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"no rule for \['extra.weight'"):
         emitted.param_groups(model, WIDTH, lr=0.1)
