@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compiler.blocks import axes_of, block_view, matrices
 from compiler.errors import AlreadyCompiled, BadOption, NotExpressible
@@ -58,7 +59,7 @@ def init_(
 
     Raises:
         UnknownName: for an unknown law. AlreadyCompiled: the second time. UnreachedWeights, WrongWidth: if table and model do not fit.
-        BadOption: if base is none of the things it may be, or the model has no data.
+        BadOption: if base is none of the things it may be, or the model has no data or is sharded.
         NotExpressible: if a multiplier has to go into the user's code. The model is unchanged whenever this raises.
     """
     built = base_model(base)
@@ -81,6 +82,8 @@ def plan_init(
     if factors.at_base:
         return [partial(_mark, model, init=law)]
     _require_data("model", model, "call model.to_empty(device=...) and load or reset its weights first, or pass init=None")
+    if lying := [name for name, weight, _ in weights if isinstance(weight, DTensor)]:
+        raise BadOption("model", lying[0], "a model of whole weights: init_ it, then fully_shard it, then compile it with init=None")
     if base is not None:
         _require_data("base", base, "build the base model on a device with data: its sizes are measured")
     elif factors.base is not None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import compiler
 import scaling
 from compiler import SpectralOptimizer
+from compiler.errors import BadOption
 
 
 class Net(nn.Module):
@@ -246,6 +248,8 @@ def init_then_shard_then_compile(table):
     table = scaling.ScalingTable.from_json(table)
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Embedding(11, 20), nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 20), nn.Linear(20, 3))
+    with pytest.raises(BadOption, match=r"0\.weight.*init_ it, then fully_shard it"):
+        compiler.init_(fully_shard(copy.deepcopy(alone)), table)
     compiler.init_(alone, table)
     sharded = copy.deepcopy(alone)
     fully_shard(sharded)
