@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from compiler.blocks import block_view
-from compiler.errors import BadGradient, BadOption
+from compiler.errors import BadOption
+from compiler.gradients import refuse_sparse
 from compiler.optimizer import SpectralOptimizer
+from compiler.options import names_of
 from compiler.shards import local, placements, sharding_of, units_of
 
 __all__ = ["clip_grad_norm_"]
@@ -48,17 +50,17 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     gradients = []
     for group in optimizer.param_groups:
-        for position, W in enumerate(group["params"]):
+        names = names_of(group)
+        refuse_sparse(zip(names, group["params"], strict=True))
+        for name, W in zip(names, group["params"], strict=True):
             summed = tuple(W.device_mesh.get_group(dim) for dim, p in enumerate(placements(W)) if p.is_shard())
             if W.grad is None:  # here; another rank may have one, and then waits for this one
                 parts.setdefault(summed, []).append(torch.zeros((), device=W.device))
                 continue
-            if W.grad.is_sparse:
-                raise BadGradient([_name(group, position)], "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
             gradients.append(local(W.grad))
             for block in group["blocks"] or ({},):
                 scale = {**group, **block}["norm_scale"]
-                for G in _boxes(W, block, _name(group, position)):
+                for G in _boxes(W, block, name):
                     norm = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
                     parts.setdefault(summed, []).append(norm * scale)
     totals = [torch.tensor(0.0, device="cpu")] if not parts else []
@@ -73,10 +75,6 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
     for G in gradients:
         G.mul_(factor.to(G.device))
     return total
-
-
-def _name(group: dict[str, Any], position: int) -> str:
-    return group["param_names"][position] if "param_names" in group else f"number {position} of its group"
 
 
 def _boxes(W: Tensor, block: dict[str, Any], name: str) -> list[Tensor]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from compiler.errors import BadGradient
 from compiler.kernels import table
 from compiler.shards import local
 
-__all__ = ["Ready", "groups_of", "over_any", "read", "watched"]
+__all__ = ["Ready", "groups_of", "over_any", "read", "refuse_sparse", "watched"]
 
 
 @dataclass
@@ -66,6 +68,16 @@ class Ready:
     def gradient(self) -> Tensor | None:
         """What this rank has of it."""
         return None if self.W.grad is None else local(self.W.grad)
+
+
+def refuse_sparse(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse sparse gradients.
+
+    Raises:
+        BadGradient: with the names of their weights.
+    """
+    if sparse := [name for name, W in weights if W.grad is not None and W.grad.is_sparse]:
+        raise BadGradient(sparse, "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
 
 
 def read(entries: list[Ready]) -> Tensor:

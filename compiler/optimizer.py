@@ -22,7 +22,7 @@ from compiler.distributed import Plan, Weight
 from compiler.errors import BadGradient, BadOption, NotReady
 from compiler.exchange import Traffic
 from compiler.fused import Bounds, batches, fits
-from compiler.gradients import Ready, over_any, read, watched
+from compiler.gradients import Ready, over_any, read, refuse_sparse, watched
 from compiler.kernels import table
 from compiler.loading import check_state, exactly, without_gaps
 from compiler.maps import chunks, empty_basis, keeps_vectors, mapped
@@ -328,8 +328,7 @@ class SpectralOptimizer(Optimizer):
     def _ready(self, plan: Plan | None) -> list[Ready]:
         """The weights that take part in this step; those that are skipped have been counted, or raised."""
         entries = [entry for entry in self._entries() if entry.W.numel() > 0]
-        if sparse := [entry.name for entry in entries if entry.W.grad is not None and entry.W.grad.is_sparse]:
-            raise BadGradient(sparse, "sparse", "use dense gradients: nn.Embedding(..., sparse=False)")
+        refuse_sparse((entry.name, entry.W) for entry in entries)
         if astray := [entry.name for entry in entries if entry.W.grad is not None and placements(entry.W.grad) != placements(entry.W)]:
             raise BadGradient(astray, "over ranks placed unlike its weight:", "redistribute the gradient to its weight's placements")
         by_host = [entry for entry in entries if not entry.unread]

@@ -31,6 +31,7 @@ __all__ = [
     "check_options",
     "check_scheduled",
     "in_plain_numbers",
+    "names_of",
     "warn_of_scales_in",
 ]
 
@@ -104,8 +105,7 @@ def check_group(group: dict[str, Any]) -> None:
     for name in SCHEDULED:
         if isinstance(group[name], Tensor):
             _check_range(name, float(group[name].detach()))
-    names = group.get("param_names", [f"number {i} of its group" for i in range(len(group["params"]))])
-    for name, W in zip(names, group["params"], strict=True):
+    for name, W in zip(names_of(group), group["params"], strict=True):
         if not W.is_floating_point() or torch.finfo(W.dtype).bits < 16:
             raise NotAMatrix(W.shape, f"weight {name}, {W.dtype},", "only real floating point weights of 16 bits or more can be updated")
         if group["master"] and W.dtype == torch.float16:
@@ -120,6 +120,11 @@ def check_group(group: dict[str, Any]) -> None:
             )
         if group["blocks"] is not None:
             _check_blocks(name, group["blocks"], W)
+
+
+def names_of(group: dict[str, Any]) -> list[str]:
+    """The names of its weights, for errors."""
+    return group.get("param_names") or [f"number {i} of its group" for i in range(len(group["params"]))]
 
 
 def check_options(group: dict[str, Any]) -> None:
