@@ -19,7 +19,7 @@ from compiler.autocast import outside_autocast
 from compiler.bits import LOW
 from compiler.blocks import block_view, covers, matrices
 from compiler.distributed import Plan, Weight
-from compiler.errors import BadGradient, BadOption, NotReady
+from compiler.errors import BadGradient, BadOption, NotReady, NotShardable
 from compiler.exchange import Traffic
 from compiler.fused import Bounds, batches, fits
 from compiler.gradients import Ready, over_any, read, refuse_sparse, watched
@@ -250,6 +250,7 @@ class SpectralOptimizer(Optimizer):
             BadGradient: for sparse gradients; for weights on meta if there is no gradient at all; with nonfinite="raise" for NaN or Inf.
             BadOption, UnknownName: for an option that was changed to what makes no sense, as an lr below 0. Nothing has been changed then.
             NotReady: if a CUDA graph is captured before a first step has made the state.
+            NotShardable: for a matrix that has been flattened since (FSDP1).
         """
         loss = None
         if closure is not None:
@@ -331,6 +332,9 @@ class SpectralOptimizer(Optimizer):
         refuse_sparse((entry.name, entry.W) for entry in entries)
         if astray := [entry.name for entry in entries if entry.W.grad is not None and placements(entry.W.grad) != placements(entry.W)]:
             raise BadGradient(astray, "over ranks placed unlike its weight:", "redistribute the gradient to its weight's placements")
+        if flat := next((entry for entry in entries if entry.W.ndim != _dimensions(entry)), None):
+            why = f"has the shape {tuple(flat.W.shape)} now, and {_dimensions(flat)} axes when the optimizer was made"
+            raise NotShardable(flat.name, why, "FSDP1 flattens weights: use fully_shard, which is FSDP2, and make the optimizer after that")
         by_host = [entry for entry in entries if not entry.unread]
         by_device: dict[torch.device, list[Ready]] = {}
         for entry in entries:
@@ -534,6 +538,13 @@ def _number(entry: Ready, value: float | Tensor) -> float | Tensor:
         return float(value)
     readable = not entry.unread or (value.device.type == "cpu" and entry.W.device.type != "cpu" and not entry.group["capturable"])
     return value.item() if readable else value.reshape(())
+
+
+def _dimensions(entry: Ready) -> int:
+    """How many axes a weight must have that is taken apart into blocks or mapped."""
+    if blocks := entry.group["blocks"]:
+        return len(blocks[0]["axes"])
+    return entry.W.ndim if entry.group["map"] is None else 2
 
 
 def _kept(W: Tensor, group: dict[str, Any]) -> bool:

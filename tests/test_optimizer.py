@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from compiler import SpectralOptimizer, clip_grad_norm_, msign, spectral_norm, svc
 from compiler.blocks import block_view, plain
-from compiler.errors import BadGradient, BadOption, NotAMatrix
+from compiler.errors import BadGradient, BadOption, NotAMatrix, NotShardable
 from compiler.maps import MAPS
 from compiler.options import NEW_OPTIONS
 from compiler.updates import UPDATES
@@ -612,6 +612,16 @@ def test_a_gradient_that_is_not_finite_can_raise_and_then_nothing_has_changed():
         optimizer.step()
     assert all(torch.equal(w, b) for w, b in zip(W, before, strict=True))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("blocks", [None, [{"axes": [[[4, "out", 0, 4]], [[6, "in", 0, 6]]]}]])
+def test_a_matrix_that_fsdp1_has_flattened_is_refused_by_name(blocks):
+    W = nn.Parameter(torch.randn(4, 6))
+    optimizer = SpectralOptimizer([{"params": [("mid", W)], "blocks": blocks}], 0.1)
+    W.data = W.data.flatten()[:13]
+    W.grad = torch.randn(13)
+    with pytest.raises(NotShardable, match=r"'mid' has the shape \(13,\) now, and 2 axes.*\n.*fully_shard"):
+        optimizer.step()
 
 
 def test_sparse_gradients_are_refused_by_name():
