@@ -344,6 +344,8 @@ def _single(atom: Atom, hub: int) -> tuple[bool, str]:
         return (True, "it leaves the model, as long as what grows") if atom.size[0] == hub else (False, LEAVES_ONLY)
     if _never_read(atom) and atom.size[0] < hub:
         return False, "read by nothing, and less than what grows"
+    if "grid" in atom.facts and atom.facts.isdisjoint({"summed", "emitted", "dot"}):
+        return False, "the grid that a convolution slides over"
     if "constant" in atom.facts and "emitted" not in atom.facts:
         return False, "of features that no weight makes"
     if atom.size[0] * FAR <= hub:

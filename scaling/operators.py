@@ -4,8 +4,8 @@
 
 The tensor arguments in the schema's order, an axis per letter: a letter in the inputs but not in the output is summed over; the same
 letter is the same dimension. `(g o)` is an axis that is a product, `v!` an axis that is looked up, `e#` a bank of separate maps, `q~` an
-axis that is taken apart by index (gates); `+` before an operand says that it is added, not multiplied, and `_` is an axis joined to
-nothing. From this one line follow both which axes are the same and, for a weight,
+axis that is taken apart by index (gates), `_%` one that a kernel slides over; `+` before an operand says that it is added, not multiplied,
+and `_` is an axis joined to nothing. From this one line follow both which axes are the same and, for a weight,
 which of its axes are summed (fan_in), survive (fan_out) or are shared with the data (copies).
 
 Operators that only move values (view, cat, slice) have a function that says where the axes go.
@@ -43,7 +43,7 @@ class Label:
         return self.mark == "!"
 
 
-MARKS = {"!": "looked_up", "#": "bank", "~": "indexed"}
+MARKS = {"!": "looked_up", "#": "bank", "~": "indexed", "%": "grid"}
 """What a mark after a letter says of the dimension."""
 
 
@@ -110,10 +110,10 @@ def _operand(text: str) -> Operand:
     axes = []
     for token in re.findall(r"\([^)]*\)|\S+", text.removeprefix("+")):
         names = token.strip("()").split()
-        if not all(re.fullmatch(r"\.\.\.|[A-Za-z_]\w*[!#~]?", name) for name in names):
+        if not all(re.fullmatch(r"\.\.\.|[A-Za-z_]\w*[!#~%]?", name) for name in names):
             message = f"not an axis in a signature: {token!r} in {text!r}"
             raise ScalingError(message)
-        axes.append(tuple(Label(name.rstrip("!#~"), name[-1] if name[-1] in MARKS else "") for name in names))
+        axes.append(tuple(Label(name.rstrip("!#~%"), name[-1] if name[-1] in MARKS else "") for name in names))
     return Operand(tuple(axes), added)
 
 
@@ -308,7 +308,7 @@ def convolution(call: Call) -> Written:
     """Channels in `groups` maps; the kernel's taps are summed, the grid is joined to nothing."""
     rank = len(_shape(call.tensors[1], call)) - 2
     batch = "b " if len(call.shape) == rank + 2 else ""
-    grid, taps = " ".join(["_"] * rank), " ".join(f"k{i}" for i in range(rank))
+    grid, taps = " ".join(["_%"] * rank), " ".join(f"k{i}" for i in range(rank))
     groups = tuple(call.over_widths("groups"))
     if call.name.startswith("aten.conv_transpose") or call.get("transposed"):
         return Written(f"{batch}(g i) {grid}, (g i) o {taps}, +(g o) -> {batch}(g o) {grid}", {"g": groups})
@@ -499,6 +499,8 @@ def same(call: Call, axes: Axes) -> None:
 def parts_of_complex(call: Call, axes: Axes) -> None:
     """The real and the imaginary part as an axis, and back."""
     dims = _input(call, axes)
+    if call.name == "aten.view_as_complex":
+        axes.mark(dims[-1], "indexed")
     axes.dims[call.node] = dims[:-1] if call.name == "aten.view_as_complex" else (*dims, axes.fresh(call.shape[-1], "indexed"))
 
 

@@ -450,6 +450,27 @@ class TwoHeads(nn.Module):
         return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class LearnedImage(nn.Module):
+    """StyleGAN: what is convolved first is a weight; S4: a weight whose last axis is the pair of a complex number."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.image, self.style, self.conv = nn.Parameter(torch.zeros(d, 4, 4)), nn.Linear(5, d), nn.Conv2d(d, d, 3, padding=1)
+        self.spectrum, self.head = nn.Parameter(torch.zeros(d, 4, 2)), nn.Linear(d, 3)
+
+    def forward(self, z):
+        x = self.conv(self.image.repeat(len(z), 1, 1, 1)).mean((2, 3)) * self.style(z)
+        waves = torch.polar(torch.ones(4, 6), torch.ones(4, 6))
+        kernel = 2 * torch.einsum("hn,nl->hl", torch.view_as_complex(self.spectrum), waves).real
+        return self.head(torch.fft.irfft(torch.fft.rfft(kernel) * torch.fft.rfft(x[..., None].expand(-1, -1, 6))).sum(-1))
+
+
+def test_a_grid_that_a_kernel_slides_over_and_the_pair_of_a_complex_number_are_guessed_to_be_fixed():
+    table = derive(LearnedImage(32), (torch.zeros(2, 5),))
+    assert table["image"].dims == (d, 4, 4)
+    assert table["spectrum"].dims[2] == 2
+
+
 def test_what_nothing_reads_and_is_less_than_what_grows_is_guessed_to_be_fixed():
     exact = derive(Routed, (torch.zeros(2, 6, 7),), widths=(64, 96))
     guessed = derive(Routed(64), (torch.zeros(2, 6, 7),))
