@@ -195,7 +195,7 @@ def _init(rule: WeightRule) -> list[str]:
         slices: Slices = block.slices
         if slices is None:
             raise NotExpressible(rule.name, "has interleaved blocks of different initial size", "use compiler.init_")
-        index = ", ".join(f"slice({_code(s.start)}, {_code(s.stop)})" for s in slices)
+        index = ", ".join(f"slice({_index(s.start)}, {_index(s.stop)})" for s in slices)
         out.append(f"(({index},), {_code(block.init_std)}, {_code(block.gain)})")
     return out
 
@@ -225,6 +225,12 @@ def _multipliers(table: ScalingTable) -> list[str]:
         if branch.forward != 1:
             lines[branch.at] = f'("{branch.at}", lambda d: {_code(branch.forward)}, "output")'
     return list(lines.values())
+
+
+def _index(expression: sympy.Expr) -> str:
+    """Code that makes an int of an int d."""
+    code = _code(expression)
+    return f"round({code})" if "/" in code else code
 
 
 def _code(expression: sympy.Expr) -> str:

@@ -714,6 +714,15 @@ def test_an_emitted_file_makes_the_same_init(tmp_path):
     assert not theirs.qkv.bias.any()
 
 
+def test_an_emitted_init_tells_blocks_apart_that_begin_at_a_fraction_of_the_width(tmp_path):
+    halves = [block(part(3 * d / 2, "out", start, stop), part(d, "in")) for start, stop in ((0, d / 2), (d / 2, 3 * d / 2))]
+    path = compiler.emit(table(rule("weight", (3 * d / 2, d), *halves)), tmp_path / "rules.py", "sign")
+    model = nn.Linear(WIDTH, 3 * WIDTH // 2, bias=False)
+    load(path).init_(model, WIDTH, generator=torch.Generator().manual_seed(1))
+    assert std(model.weight[: WIDTH // 2]) == pytest.approx((2 * WIDTH) ** -0.5, rel=0.1)
+    assert std(model.weight[WIDTH // 2 :]) == pytest.approx(WIDTH**-0.5, rel=0.1)
+
+
 def test_an_emitted_file_holds_the_multipliers_and_refuses_another_model(tmp_path):
     emitted = load(compiler.emit(TIED_TABLE, str(tmp_path / "rules.py")))
     model, plain = Tied(WIDTH), Tied(WIDTH)
