@@ -18,6 +18,7 @@ from torch import fx
 from scaling.graph import SPLITS, Call, LayerGraph, Size, operator_name
 from scaling.growth import Growth
 from scaling.limits import exponent
+from scaling.operators import MULTIPLIES
 from scaling.records import Contraction
 from scaling.uses import Dot, is_linear
 
@@ -64,39 +65,37 @@ def folded(
     """The contractions over growing axes, and what each asks of a weight upstream; `size` is that of an activation, in d."""
     contractions, folds = [], []
     dots = [dot for dot in dots if growth.grows(dot.dim)]
+    factors = {(product, factor) for dot in dots for product in _products(dot) for factor in (dot.left, dot.right)}
     for dot in dots:
         length = growth.of(dot.dim)
         calls = _around(graph, growth, dot)
         present = length ** _power(_scalars(graph, dot, calls), growth.axes.size(dot.dim)) * size(dot.left) * size(dot.right)
-        rest = 1 / (length * present)
-        found = _carriers(graph, dot, dots) if exponent(rest) != 0 else []
+        found, both = _carriers(graph, dot, factors) if exponent(length * present) != 0 else ([], False)
         contraction = Contraction(
             operator=dot.call.name,
             source=dot.call.source,
             dim=length,
             present=present,
             folded=tuple(dict.fromkeys(carrier.weight.names[0] for carrier in found)),
+            both=both,
         )
         contractions.append(contraction)
-        calls = {carrier.call for carrier in found}
-        both = len(calls) > len({carrier.weight for carrier in found})
-        folds += [Fold(carrier, sympy.sqrt(rest) if both else rest, dot=True) for carrier in found]
+        folds += [Fold(carrier, contraction.carried, dot=True) for carrier in found]
     return contractions, folds
 
 
-def _carriers(graph: LayerGraph, dot: Dot, dots: list[Dot]) -> list[Carrier]:
-    """The weights of the left factor, or of the right; of both if they are the same ones (two towers that share their weights).
+def _carriers(graph: LayerGraph, dot: Dot, factors: set[tuple[fx.Node, fx.Node]]) -> tuple[list[Carrier], bool]:
+    """The weights of the left factor, or of the right; and whether of both, as they are the same ones (h·h, two towers that share).
 
     Of the two sooner one that makes nothing else: what is also looked at otherwise (tokens that a router compares with slots, and mixes)
     would be as small there.
     """
     left, right = upstream(graph, dot.left), upstream(graph, dot.right)
     if left and right and {(c.weight, c.selection) for c in left} == {(c.weight, c.selection) for c in right}:
-        return list(dict.fromkeys(left + right))
+        return list(dict.fromkeys(left + right)), True
     sides = [side for side in (left, right) if side]
-    factors = {(product, factor) for other in dots for product in _products(other) for factor in (other.left, other.right)}
     only = (side for side in sides if all(_only_for(graph, carrier.call.node, factors) for carrier in side))
-    return next(only, next(iter(sides), []))
+    return next(only, next(iter(sides), [])), False
 
 
 def _products(dot: Dot) -> tuple[fx.Node, ...]:
@@ -146,7 +145,7 @@ def upstream(graph: LayerGraph, node: fx.Node, selection: Selection | None = Non
 
 
 def _times_data(graph: LayerGraph, call: Call) -> bool:
-    return call.name in {"aten.mul", "aten.div"} and len({n for n in call.tensors if n is not None and n in graph.data}) > 1
+    return call.name in MULTIPLIES and sum(n in graph.data for n in call.tensors if n is not None) > 1
 
 
 def taken(call: Call) -> Selection | None:
@@ -241,14 +240,14 @@ def _down(graph: LayerGraph, call: Call) -> Iterator[Call]:
 
 def as_number(graph: LayerGraph, call: Call) -> tuple[float, ...]:
     """The number a mul or div applies, at each width; 1 for any other call."""
-    if call.name not in {"aten.mul", "aten.div"}:
+    if call.name not in MULTIPLIES:
         return (1.0,) * len(graph.recordings)
     values = [_as_float(value) for name in ("self", "other") for value in call.arguments[name]]
     count = len(graph.recordings)
     numbers = values[:count] if values[0] is not None else values[count:]
     if any(number is None or number == 0 for number in numbers):
         return (1.0,) * count
-    return tuple(1 / n if call.name == "aten.div" else n for n in numbers if n is not None)
+    return tuple(1 / n if "div" in call.name else n for n in numbers if n is not None)
 
 
 def _as_float(value: Any) -> float | None:
@@ -263,13 +262,17 @@ def _as_float(value: Any) -> float | None:
     return None
 
 
+CLOSE = 0.02
+"""How far a fitted power may be off: 1/(d - 1), of an unbiased covariance, is 1/d."""
+
+
 def _power(numbers: tuple[float, ...], sizes: Size) -> sympy.Expr:
     """The power of the contracted length that the numbers follow; from one width only ±1/2, ±1 times exactly 1 are recognised."""
     if len(set(sizes)) > 1:
         i, j = sizes.index(min(sizes)), sizes.index(max(sizes))
         power = math.log(numbers[j] / numbers[i]) / math.log(sizes[j] / sizes[i]) if min(numbers) > 0 else 0.0
         nearest = sympy.Rational(round(4 * power), 4)
-        return nearest if abs(float(nearest) - power) < 1e-3 else sympy.Rational(0)
+        return nearest if abs(float(nearest) - power) < CLOSE else sympy.Rational(0)
     for candidate in (sympy.Rational(-1, 2), sympy.Rational(-1)):
         if math.isclose(numbers[0], sizes[0] ** float(candidate), rel_tol=1e-6):
             return candidate

@@ -25,7 +25,7 @@ from scaling.inputs import made_up
 from scaling.kept import random_states_kept
 from scaling.records import Coverage, ScalingTable, Trace
 from scaling.rules import rules_of
-from scaling.scales import few_normalized, few_taken, grown_outputs, scales_of, too_large_once_aligned
+from scaling.scales import bent, few_normalized, few_taken, grown_outputs, scales_of, too_large_once_aligned
 from scaling.uses import joined_axes, uses_of
 
 __all__ = ["derive"]
@@ -109,7 +109,8 @@ def derive(
     contractions, folds = folded(graph, growth, dots, scales.at)
     deep = None if depth is False else deepen(graph, uses, alpha_of(depth), models[0])
     rules = rules_of(graph, uses, growth, [*folds, *scales.folds, *(deep.folds if deep else ())], scales.at, many=many_growing_axes)
-    notes += (*few_normalized(graph, growth, uses, rules), *few_taken(graph, growth), *too_large_once_aligned(rules))
+    notes += (*few_normalized(graph, growth, uses, rules), *few_taken(graph, growth), *bent(graph, growth, uses))
+    notes += too_large_once_aligned(rules)
     if deep is not None:
         rules = [deep.rule(rule) for rule in rules]
         notes += (*deep.residual.notes, *init_only_note(models[0], deep.residual, rules, growth.size))

@@ -236,10 +236,9 @@ class _Linter:
         yield from self._coverage()
         unfolded: dict[str, sympy.Expr] = {}
         for contraction in self.table.contractions:
-            missing = 1 / (contraction.dim * contraction.present)
-            if exponent(missing) != 0 and not self._carried(contraction):
-                unfolded |= dict.fromkeys(contraction.folded, missing)
-                yield _attention(contraction, missing)
+            if exponent(contraction.missing) != 0 and not self._carried(contraction):
+                unfolded |= dict.fromkeys(contraction.folded, contraction.carried)
+                yield _attention(contraction)
         for rule in self.table:
             yield from self._of(rule, unfolded)
         yield from self._clipping(unfolded)
@@ -293,7 +292,7 @@ class _Linter:
 
     def _carried(self, contraction: Contraction) -> bool:
         """Whether the user's init and learning rate of the weights upstream have what the forward lacks."""
-        missing = dict.fromkeys(contraction.folded, 1 / (contraction.dim * contraction.present))
+        missing = dict.fromkeys(contraction.folded, contraction.carried)
         parts = [part for name in contraction.folded for part in self._parts(self.table[name]) if _folded(part, missing) != 1]
         moved = [self._moved(part, sympy.Integer(1)) for part in parts]
         return bool(parts) and all(
@@ -495,8 +494,8 @@ def _still(part: _Part) -> Finding:
     )
 
 
-def _attention(contraction: Contraction, missing: sympy.Expr) -> Finding:
-    size = contraction.dim
+def _attention(contraction: Contraction) -> Finding:
+    size, missing = contraction.dim, contraction.missing
     name = "attention scale" if "attention" in contraction.operator else "factor on a product of two activations"
     return Finding(
         kind="attention",

@@ -15,7 +15,7 @@ from scaling.contractions import _as_float, as_number, taken_by
 from scaling.graph import LayerGraph
 from scaling.growth import Growth
 from scaling.limits import exponent
-from scaling.operators import rule_of
+from scaling.operators import MULTIPLIES, rule_of
 from scaling.propagation import MOVES
 from scaling.records import Block, ScalingTable, WeightRule
 from scaling.uses import Dot, WeightUse
@@ -133,7 +133,7 @@ def _scales(graph: LayerGraph, node: fx.Node) -> bool:
     """Whether a node is a value times or over a number."""
     call = graph.calls[node]
     data = [n for n in call.tensors if n is not None and _as_float(n) is None]
-    return call.name in {"aten.mul", "aten.div"} and len(data) == 1
+    return call.name in MULTIPLIES and len(data) == 1
 
 
 def _after(graph: LayerGraph, node: fx.Node) -> Iterator[fx.Node]:
@@ -154,7 +154,7 @@ def _after(graph: LayerGraph, node: fx.Node) -> Iterator[fx.Node]:
 def _before(graph: LayerGraph, use: WeightUse) -> Iterator[fx.Node]:
     """The nodes that scale what a map is given."""
     operator = rule_of(use.call)
-    kinds = {"aten.add", "aten.sub", "aten.mul", "aten.div", "aten.embedding"}
+    kinds = MULTIPLIES | {"aten.add", "aten.sub", "aten.embedding"}
     slot_added = use.call.get("bias") is use.operand
     if operator is None or operator.moves is not None or use.call.name in kinds or "norm" in use.call.name or slot_added:
         return

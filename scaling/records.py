@@ -341,7 +341,7 @@ class Contraction(Record):
 
     So does an output that is a sum over the width with no map after it; `dim` is then how large it is.
 
-    `folded`: the weights that carry the rest, or () where nothing could.
+    `folded`: the weights that carry the rest, or () where nothing could; `both`: they make both factors (h·h), and so carry its root.
     """
 
     operator: str
@@ -349,6 +349,17 @@ class Contraction(Record):
     dim: Exact
     present: Exact
     folded: tuple[str, ...]
+    both: bool = False
+
+    @property
+    def missing(self) -> sympy.Expr:
+        """The factor that the model's forward does not have."""
+        return 1 / (self.dim * self.present)
+
+    @property
+    def carried(self) -> sympy.Expr:
+        """What each of the folded weights makes up for."""
+        return sympy.sqrt(self.missing) if self.both else self.missing
 
 
 class Branch(Record):

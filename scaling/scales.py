@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from scaling.contractions import Carrier, Fold, as_number, taken_by, upstream
@@ -26,7 +27,7 @@ from scaling.optimizers import Map, attained
 from scaling.records import Contraction, Use, WeightRule
 from scaling.uses import Dot, WeightUse, sum_of
 
-__all__ = ["Scales", "few_normalized", "few_taken", "grown_outputs", "nearest", "scales_of", "too_large_once_aligned"]
+__all__ = ["Scales", "bent", "few_normalized", "few_taken", "grown_outputs", "nearest", "scales_of", "too_large_once_aligned"]
 
 ONE = sympy.Integer(1)
 
@@ -54,6 +55,13 @@ def nearest(use: Map, wanted: sympy.Expr) -> sympy.Expr:
     if exponent(wanted) < exponent(least):
         return least
     return most if exponent(wanted) > exponent(most) else wanted
+
+
+def _is_curve(call: Call) -> bool:
+    """Whether a call is a function of each entry that does not keep scales (exp, sigmoid), or of an axis of them (softmax)."""
+    each = torch.Tag.pointwise in getattr(call.node.target, "tags", ())
+    operator = rule_of(call)
+    return call.name in CURVES or (each and operator is not None and not operator.linear and call.name not in SIZES)
 
 
 def _sums(use: WeightUse) -> bool:
@@ -113,8 +121,10 @@ class _Sizes:
         return self._law(numbers, call, [carrier.weight for carrier in upstream(self.graph, call.node) or ()])
 
     def _on_the_weight(self, use: WeightUse) -> None:
-        """Numbers that multiply the weight itself, before it meets data."""
+        """Numbers that multiply the weight itself, before it meets data; not what a curve makes of it, which the weight's size is not."""
         for call in map(self.graph.calls.__getitem__, self.graph.made_of(use.operand)[use.weight][1:]):
+            if _is_curve(call):
+                return
             law = self._law(as_number(self.graph, call), call, [use.weight])
             if law != 1:
                 why = f"makes up for the factor {law} at {call.source}"
@@ -155,7 +165,7 @@ class _Sizes:
     def _of_weights(self, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
         """The same of any value made of weights, where each weight's own size is a letter, and so is what nothing is known of."""
         letter = sympy.Dummy(positive=True)
-        if not inputs:
+        if not inputs or call.name in CURVES:
             return letter
         if call.name in NORMALIZES:
             return ONE if len(inputs) == 1 else letter
@@ -254,6 +264,11 @@ def _reduced(power: sympy.Expr) -> Rule:
     return rule
 
 
+def _shares(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
+    """Of n entries that add up to 1, one has 1/n."""
+    return _reduced(-ONE)(sizes, call, [])
+
+
 def _norm(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
     return _reduced(_root(call.get("ord", call.get("p", 2))))(sizes, call, inputs)
 
@@ -322,6 +337,8 @@ def _first(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
 HALF: sympy.Expr = sympy.Rational(1, 2)
 NORMALIZES = {"aten.layer_norm", "aten.rms_norm"}
 """Operators whose value has entries of size 1."""
+CURVES = {"aten.softmax", "aten._softmax"}
+"""Operators that no scale goes through, beside those that torch tags as pointwise."""
 
 SIZES: dict[str, Rule] = {
     **{f"aten.{name}": _product for name in ("mul", "multiply", "matmul", "bmm", "mm", "inner")},
@@ -329,6 +346,7 @@ SIZES: dict[str, Rule] = {
     **{f"aten.{name}": _quotient for name in ("div", "divide", "true_divide")},
     **{f"aten.{name}": _norm for name in ("linalg_vector_norm", "norm")},
     "aten.dist": _distance,
+    **{f"aten.{name}": _shares for name in ("softmax", "_softmax")},
     **{f"aten.fft_{inverse}{kind}{rank}": _fourier for inverse in ("", "i") for kind in ("fft", "rfft") for rank in ("", "2", "n")},
     "aten.mse_loss": _loss(2),
     **{f"aten.{name}": _loss(1) for name in ("l1_loss", "smooth_l1_loss", "huber_loss")},
@@ -418,6 +436,21 @@ def few_normalized(graph: LayerGraph, growth: Growth, uses: list[WeightUse], rul
             "gradient √d larger than without it, which no rule mends; normalize before the map, or let the number of its outputs grow"
         ] = None
     return tuple(found)
+
+
+# weights that are bent before they are used
+
+
+def bent(graph: LayerGraph, growth: Growth, uses: list[WeightUse]) -> tuple[str, ...]:
+    """Notes on matrices that a curve goes over before they sum over the width (exp(W)·x): the rules are those of W itself."""
+    found: dict[str, None] = {}
+    for use in uses:
+        dims = zip(growth.axes.dims[use.weight.node], use.spans, strict=True)
+        if any(growth.grows(dim) and any(span.part == "in" for span in axis) for dim, axis in dims):
+            for call in map(graph.calls.__getitem__, graph.made_of(use.operand)[use.weight][1:]):
+                if _is_curve(call):
+                    found[f"{call.name.removeprefix('aten.')} of {use.weight.names[0]} sums over the width at {use.call.source}"] = None
+    return tuple(f"{what}: its rules are those of a weight that is used as it is, and nothing is proven of the curve" for what in found)
 
 
 # gates that read a few features

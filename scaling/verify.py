@@ -483,10 +483,11 @@ def _product(group: list[Contraction], table: ScalingTable, laws: dict[str, tupl
     carried = _init_norm(carrier) / _target(_unfolded(carrier.block)) if carrier is not None and at_init else ONE
     if carrier is not None and not at_init:
         carried = carrier.block.target
-    lhs, rhs = first.present * carried, 1 / first.dim
+    factors = 2 if first.both else 1
+    lhs, rhs = first.present * carried**factors, 1 / first.dim
     constant, excess = leading(lhs / rhs)
     place = f"in the init and learning rate of {first.folded[0]}" if first.folded else "multiply by it in the forward"
-    missing = f"the factor {formula(1 / (first.dim * first.present))} is missing ({place})"
+    missing = f"the factor {formula(first.carried)} is missing ({place})"
     obligation = Obligation(
         name="contraction",
         weight=name,
@@ -503,7 +504,7 @@ def _product(group: list[Contraction], table: ScalingTable, laws: dict[str, tupl
     if carrier is None:
         return obligation, excess
     begins, moves, _ = _excess(carrier)
-    return obligation, leading(first.present * carrier.block.target * first.dim)[1] + max(begins, moves)
+    return obligation, leading(first.present * carrier.block.target**factors * first.dim)[1] + factors * max(begins, moves)
 
 
 def _carrier(contraction: Contraction, table: ScalingTable, laws: dict[str, tuple[Law, ...]], family: str) -> _Case | None:

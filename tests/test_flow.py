@@ -433,3 +433,20 @@ def test_recurrent_layers_have_the_sizes_of_hidden_matrices(kind):
         assert {w.change for w in result.weights if "weight_hh" in w.name} == {-1}
     standard = flow(table, None, parametrization(table, "standard", "adam"))
     assert standard.of("head").change == 1
+
+
+def test_a_matrix_that_is_used_again_and_its_transpose_keep_sizes():
+    """‖W‖₂ bounds what W makes of W·x, however aligned they are."""
+
+    class Again(nn.Module):
+        def __init__(self, d, transposed):
+            super().__init__()
+            self.stem, self.W, self.out, self.transposed = nn.Linear(16, d), nn.Parameter(torch.randn(d, d)), nn.Linear(d, 4), transposed
+
+        def forward(self, x):
+            h = F.relu(F.linear(F.relu(self.stem(x)), self.W))
+            return self.out(F.linear(h, self.W.mT if self.transposed else self.W))
+
+    for transposed in (False, True):
+        table = derive(lambda d, t=transposed: Again(d, t), torch.zeros(4, 16), widths=(64, 128))
+        assert [flow(table).of("").init, flow(table).of("").change] == [sympy.Rational(-1, 2), 0]

@@ -411,6 +411,41 @@ def test_p59_a_gate_changes_nothing_and_the_inner_product_of_two_towers_is_1_ove
     assert flow(rooted, None, naive.model_copy(update={"laws": plain})).of("").change == R(1, 2)
 
 
+@pytest.mark.parametrize(
+    "product",
+    [lambda h: h @ h.mT, lambda h: torch.inner(h, h), lambda h: torch.einsum("bi,bi->b", h, h), lambda h: h @ h.mT / h.shape[1] ** 0.5],
+)
+def test_p59_a_product_of_features_with_themselves_is_made_up_for_once_in_their_map(product):
+    table = net(lambda m, x: product(m.stem(x)), lambda w: {"out": nn.Identity()})
+    [contraction] = table.contractions
+    assert (contraction.folded, contraction.both) == (("stem.weight",), True)
+    assert table["stem.weight"].blocks[0].target ** 2 * contraction.dim * contraction.present == 1
+    assert flow(table).of("").change == 0
+    assert verify(table)
+    assert not verify(parametrization(table, "standard"), table=table)
+
+
+def test_p59_an_unbiased_covariance_has_its_factor():
+    table = net(lambda m, x: torch.cov(m.stem(x)), lambda w: {"out": nn.Identity()})
+    assert {one.present for one in table.contractions} == {1 / d}
+
+
+def test_p59_what_a_softmax_over_the_width_weights_is_an_embedding_of_like_size():
+    memory = lambda w: {"keys": linear(w, 4 * w), "values": linear(4 * w, w)}  # noqa: E731
+    table = net(lambda m, x: m.out(m.values(m.keys(m.stem(x)).softmax(-1))), memory)
+    assert [table["values.weight"].exponent(name) for name in ("init_std", "adam")] == [R(1, 2), 0]
+    assert table["keys.weight"].exponent("adam") == -1
+
+
+def test_p62_a_curve_over_a_matrix_is_said_and_no_number_after_it_is_the_matrix_own():
+    def run(m, x):
+        return m.out(F.linear(m.stem(x), m.mid.weight.exp() / m.mid.in_features))
+
+    table = net(run, lambda w: {"mid": linear(w, w)})
+    assert table["mid.weight"].exponent("init_std") == R(-1, 2)
+    assert ["exp of mid.weight sums over the width" in note for note in table.notes] == [True]
+
+
 def test_p63_dropout_rotations_and_masks_leave_every_rule_as_it_is():
     def run(m, x, extra):
         q, k, v = (y.unflatten(-1, (-1, 16)).transpose(0, 1) for y in (m.q(m.stem(x)), m.k(m.stem(x)), m.v(m.stem(x))))

@@ -28,7 +28,8 @@ def _bound(matrix: State, summed: Fraction, own: Fraction) -> Exponent:
 def contract(a: State, b: State, summed: Fraction, own_a: Fraction, own_b: Fraction) -> State:
     """Σ a·b over d**summed terms, where a has d**own_a rows that b does not share, and b d**own_b."""
     independent = top(plus(a.init, b.init, summed * HALF), plus(a.mean, b.mean, summed))
-    init = plus(a.init, b.init, summed) if shared(a, b) else independent
+    aligned = least(plus(_bound(a, summed, own_a), b.init), plus(_bound(b, summed, own_b), a.init))
+    init = top(independent, aligned) if shared(a, b) else independent
     change = top(
         plus(_bound(b, summed, own_b), a.change),
         plus(_bound(a, summed, own_a), b.change),
