@@ -86,6 +86,8 @@ def _sized(block: Block, use: WeightUse, given: sympy.Expr, folds: list[Fold]) -
     if "add" in parts and not sums and is_linear(use.call):
         target *= given
     branch = sympy.Mul(*(fold.target for fold in folds if fold.quantity == "branch"))
+    if use.entrywise:  # what it is given is the input times the entries of the matrix beside it, which make up for the input's size
+        given = optimizers.init_std(block)
     sized = block.model_copy(
         update={
             "input_scale": given if sums else sympy.Integer(1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -42,13 +43,17 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class WeightUse:
-    """One weight at one operator. Per axis of the weight: the range [start, stop) that is used, and its factors, outermost first."""
+    """One weight at one operator. Per axis of the weight: the range [start, stop) that is used, and its factors, outermost first.
+
+    `entrywise`: whether it multiplies a matrix of its own shape, entry by entry, before data is met (a KAN's scales of its splines).
+    """
 
     weight: Call
     call: Call
     operand: fx.Node
     ranges: tuple[tuple[Size, Size], ...]
     spans: tuple[tuple[Span, ...], ...]
+    entrywise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +225,22 @@ def _use(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...]) 
     found = {part for span in spans for _, part in span}
     inner_part = "copy" if {"in", "out"} <= found else "out" if "in" in found else "in"
     spans = [tuple(Span(atom.size, part or _dropped(atom, inner_part)) for atom, part in span) for span in spans]
-    return WeightUse(weight=weight, call=call, operand=operand, ranges=tuple(ranges), spans=tuple(spans))
+    scales = _scales_another(graph, weight, chain)
+    if scales and "out" not in found:  # W·diag(s): every input has its gain
+        spans = [tuple(Span(span.size, "copy" if span.part == "in" else span.part) for span in axis) for axis in spans]
+    return WeightUse(
+        weight=weight, call=call, operand=operand, ranges=tuple(ranges), spans=tuple(spans), entrywise=scales and {"in", "out"} <= found
+    )
+
+
+def _scales_another(graph: LayerGraph, weight: Call, chain: tuple[fx.Node, ...]) -> bool:
+    """Whether on the way to data a weight multiplies another, which is the map."""
+    return any(
+        graph.calls[product].name in {*PRODUCTS, "aten.div", "aten.divide"}
+        and any(n is not factor and n in graph.weight_only and weight not in graph.made_of(n) for n in product.all_input_nodes)
+        and weight not in graph.mains(product)
+        for factor, product in pairwise(chain)
+    )
 
 
 def _of_the_same_dimension(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...], spans: list) -> list:

@@ -777,3 +777,32 @@ def test_a_bias_taken_from_a_row_of_several_is_judged_alone():
     assert [table[f"{name}.bias"].role for name in "qkvo"] == ["vector"] * 4
     assert [len(table[f"{name}.bias"].uses) for name in "qkvo"] == [1] * 4
     assert table["v.bias"].exponent("adam") == 0
+
+
+class Scaled(nn.Module):
+    """A matrix that another weight multiplies before data is met: per input, per output, entry by entry (a KAN's splines)."""
+
+    def __init__(self, width, shape):
+        super().__init__()
+        self.first, self.last, self.matrix = nn.Linear(7, width), nn.Linear(width, 5), nn.Parameter(torch.randn(width, width, 3))
+        self.scale = nn.Parameter(torch.randn(*(width if long else 1 for long in shape), 1))
+
+    def forward(self, x):
+        return self.last(F.linear(torch.cat([self.first(x)] * 3, -1), (self.matrix * self.scale).flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [((True, False), (0, 1, 0)), ((False, True), (0, 1, 0)), ((True, True), (0, 1, Rational(-1, 2)))],
+    ids=["per output", "per input", "entry by entry"],
+)
+def test_a_weight_that_multiplies_a_matrix_is_no_second_matrix(shape, wanted):
+    """Measured at widths 64 to 512: init and change of the map are Θ(1), of either factor; as matrices both, d^-1/2.
+
+    Entry by entry Δs meets entries of 1/√fan_in that are aligned with x, which makes it √fan_in·Δs: its rate is 1/√fan_in.
+    """
+    table = derive(lambda width: Scaled(width, shape), (torch.zeros(4, 7),), widths=(32, 64, 96))
+    assert tuple(table["scale"].exponent(name) for name in ("init_std", "sgd", "adam")) == wanted
+    assert tuple(table["matrix"].exponent(name) for name in ("init_std", "sgd", "adam")) == (Rational(-1, 2), 0, -1)
+    init = [value.init for value in flow(table).values if value.operator == "aten.linear"]
+    assert init == [0, 0, Rational(-1, 2)]
