@@ -102,7 +102,6 @@ class Plan:
         self.units: list[Unit] = []
         self.sizes: dict[tuple[int, int], tuple[int, int, int]] = {}
         self.stacked: set[tuple[int, int]] = set()
-        self.position = {weight.W: weight.position for weight in weights}
         travelling: dict[str, list[Unit]] = {}
         scattered: dict[str, list[Unit]] = {}
         groups: dict[str, Sharding] = {}
