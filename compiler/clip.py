@@ -31,8 +31,10 @@ def clip_grad_norm_(optimizer: SpectralOptimizer, max_norm: float) -> Tensor:
 
     Over ranks the norm is that of the whole gradients, the same on all; they do not travel.
 
+    transformers' Trainer clips by torch's norm, to 1, unless max_grad_norm=0: then a callback's on_pre_optimizer_step can call this.
+
     Args:
-        optimizer: whose gradients are scaled, in place.
+        optimizer: whose gradients are scaled, in place; accelerate's wrapper of it will do.
         max_norm: at least 0.
 
     Returns:
