@@ -363,6 +363,9 @@ def _reason(rule: WeightRule, want: oracle.Exponents) -> str:
     agree = [_agree(_exponents(block), want, shift=shift) for block, shift in zip(rule.blocks, shifts, strict=True)]
     if rule.uses[0].operator == "aten.mul":
         return f"the forward multiplies by it entry by entry: {_place(rule)}"
+    turned = oracle.spectral(want.sgd - want.adam, -want.adam)  # fan_in and fan_out change places
+    if rule.uses[0].source.module != rule.name.rpartition(".")[0] and all(_agree(g, turned, shift=0) for g in map(_exponents, rule.blocks)):
+        return f"another module multiplies by its transpose: {_place(rule)}"
     if all(agree):
         return f"the forward multiplies or sums by a power of d: {rule.notes[0] if rule.notes else rule.uses[0].source}"
     finite = [
