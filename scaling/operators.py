@@ -261,6 +261,11 @@ def _same(node: fx.Node, call: Call) -> Sequence[fx.Node]:
     return [other.all_input_nodes[at] for other in call.nodes]
 
 
+def linear(call: Call) -> Written:
+    """A weight of one axis is a single row."""
+    return Written("... i, i -> ..." if len(_shape(call.tensors[1], call)) == 1 else "... i, o i, +o -> ... o")
+
+
 def matmul(call: Call) -> Written:
     """1-d operands are vectors, leading axes a batch."""
     a, b = (len(_shape(node, call)) for node in call.tensors[:2])
@@ -934,7 +939,7 @@ def _full(name: str) -> str:
 
 _ROWS: list[dict[str, Operator]] = [
     # sums of products
-    _signed("... i, o i, +o -> ... o", "linear"),
+    _signed(linear, "linear"),
     _signed(matmul, "matmul mm bmm mv dot vdot"),
     _signed(inner, "inner"),
     _signed(addmm, "addmm"),

@@ -806,3 +806,24 @@ def test_a_weight_that_multiplies_a_matrix_is_no_second_matrix(shape, wanted):
     assert tuple(table["matrix"].exponent(name) for name in ("init_std", "sgd", "adam")) == (Rational(-1, 2), 0, -1)
     init = [value.init for value in flow(table).values if value.operator == "aten.linear"]
     assert init == [0, 0, Rational(-1, 2)]
+
+
+class ToOneNumber(nn.Module):
+    """The weight of the readout is a vector."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, d), nn.Parameter(torch.randn(d))
+
+    def forward(self, x):
+        return F.linear(self.first(x).relu(), self.last)
+
+
+def test_a_linear_map_whose_weight_is_a_vector_has_it_as_its_only_row():
+    """As D-FINE takes the mean over its bins."""
+    rule = derive(ToOneNumber, (torch.randn(3, 5),), widths=(32, 64))["last"]
+    row = derive(lambda width: nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 1)), (torch.randn(3, 5),), widths=(32, 64))
+    assert rule.role == "output"
+    assert [rule.exponent(name) for name in ("init_std", "sgd", "adam")] == [
+        row["2.weight"].exponent(name) for name in ("init_std", "sgd", "adam")
+    ]
