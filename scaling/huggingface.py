@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import linecache
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_twice_the_width", "calls", "with_placeholders"]
+__all__ = ["at_twice_the_width", "calls", "completed"]
 
 BATCH, LENGTH = 2, 8
 
@@ -28,7 +30,7 @@ WIDTH_FIELDS = re.compile(
     r"|latent|attention|cross_attention|fpn|neck|rnn|reassemble|decoder_mlp|merged)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
     r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|text_embed|backbone_channel)_(dim|dims|list)"
     r"|word_embed_proj_dim|embedding_(size|dim)|embed_size|n_inner|d_ff|d_inner|d_embed|dim_feedforward|ffn_hidden_size|lru_width|num_filters"
-    r"|pooler_output_size|projection_size|(coordinate|shape)_size|decoder_channels|stem_hidden_channels|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
+    r"|stem_channels|stage_(in|mid|out)_channels|pooler_output_size|projection_size|(coordinate|shape)_size|decoder_channels|stem_hidden_channels|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
     r"|time_step_rank|neck_hidden_sizes|decoder_hidden_size"
 )
 HEAD_FIELDS = re.compile(
@@ -94,6 +96,8 @@ def _doubled(name: str, value: Any, alike: frozenset[int]) -> Any:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return 2 * value if value > 1 else value  # one key for all heads stays one
+    if name == "stem_channels" and isinstance(value, (list, tuple)):  # from the image's
+        return type(value)((*value[:1], *(2 * v for v in value[1:])))
     return type(value)(2 * v for v in value) if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value) else value
 
 
@@ -138,11 +142,11 @@ def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
         return
     sizes, names = _Sizes(config), inspect.signature(model.forward).parameters
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
-    seen = []
-    for call in _fullest_first(main, list(names), sizes):
-        described = {name: value.shape for name, value in call.items()}
-        if call and described not in seen:
-            seen.append(described)
+    documented = {name: _as_documented(name, *said, sizes) for name, said in _documented(model).items()}
+    required = {name: value for name, value in documented.items() if names[name].default is inspect.Parameter.empty}
+    asked = {name: value for name, value in documented.items() if name == main}
+    for guess in (*_fullest_first(main, list(names), sizes), asked):
+        if call := required | guess:
             yield call | more
 
 
@@ -150,8 +154,7 @@ def _fullest_first(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[
     decoder = {"decoder_input_ids": sizes.ids(LENGTH - 1)} if "decoder_input_ids" in names else {}
     for group in (calls for function in GROUPS for calls in [list(function(names, sizes))] if calls):
         for call in group:
-            yield call | {"input_ids": sizes.ids()} if main == "input_ids" and "input_ids" in names else call
-            yield call
+            yield {"input_ids": sizes.ids()} | call if main == "input_ids" and "input_ids" in names else call
     present = [name for name in MODALITIES if name in names]
     main = main if main in present else next(iter(present), main)
     cross = sizes.cross_attention and "encoder_hidden_states" in names and not decoder
@@ -175,7 +178,12 @@ def _beside(main: str, names: list[str], sizes: _Sizes) -> Iterator[dict[str, Te
             frames = torch.ones(BATCH, 3000 if 3000 in features.shape else 100, dtype=torch.long)
             masks = {name: frames for name in ("input_features_mask", "feature_attention_mask") if name in names}
             yield others | {"input_features": features} | masks
+    if "input_values" in names and main == "input_ids":
+        yield from (others | {"input_values": wave} for wave in islice(_waves(sizes), 2))
     yield others
+    if "pixel_values" in others:
+        for images in islice(_images(sizes), 1, None):
+            yield others | {"pixel_values": images}
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,11 @@ class _Sizes:
         found = (value for config in _configs(self.config) for name in names.split() if (value := getattr(config, name, None)) is not None)
         return next((value for value in found if not hasattr(value, "to_dict")), default)
 
+    def number(self, names: str, default: int) -> int:
+        """The same of a size, the last of several."""
+        size = self.first(names, default)
+        return size if isinstance(size, int) else next(iter(reversed(size)), default) if isinstance(size, (list, tuple)) else default
+
     def ids(self, length: int = LENGTH) -> Tensor:
         """Token ids, small and different."""
         return (torch.arange(BATCH * length) % 3 + 1).reshape(BATCH, length)
@@ -196,7 +209,7 @@ class _Sizes:
     @property
     def hidden(self) -> int:
         """The width of the stream."""
-        return self.first("hidden_size d_model n_embd dim embed_dim", 64)
+        return self.number("hidden_size d_model n_embd dim embed_dim", 64)
 
     @property
     def cross_attention(self) -> bool:
@@ -206,12 +219,12 @@ class _Sizes:
     @property
     def channels(self) -> int:
         """Of an image."""
-        return self.first("num_channels in_chans in_channels", 3)
+        return self.number("num_channels in_chans in_channels", 3)
 
     @property
     def image(self) -> tuple[int, int]:
         """Height and width of an image."""
-        size = self.first("image_size img_size input_size", 224)
+        size = self.first("image_size img_size input_size max_img_size", 224)
         height, width = tuple(size)[-2:] if isinstance(size, (tuple, list)) else (size, size)
         return height, width
 
@@ -230,8 +243,15 @@ def _configs(config: Any) -> Iterator[Any]:
             yield from _configs(below)
 
 
+def _texts(sizes: _Sizes) -> Iterator[Tensor]:
+    yield sizes.ids()
+    codes = sizes.first("num_codebooks num_quantizers", None)  # of a sound, with or without the text's
+    if isinstance(codes, int):
+        yield from (sizes.ids().unsqueeze(-1).repeat(1, 1, n) for n in (codes, codes + 1))
+
+
 def _images(sizes: _Sizes) -> Iterator[Tensor]:
-    for height, width in dict.fromkeys((sizes.image, (224, 224), (64, 64))):
+    for height, width in dict.fromkeys((sizes.image, (224, 224), (64, 64), (672, 672))):
         yield torch.zeros(BATCH, sizes.channels, height, width)
     height, width = sizes.image
     frames = sizes.first("num_frames frames_per_clip", 8)
@@ -282,7 +302,7 @@ def _any(sizes: _Sizes) -> Iterator[Tensor]:
 
 
 MODALITIES: dict[str, Callable[[_Sizes], Iterator[Tensor]]] = {
-    "input_ids": lambda sizes: iter((sizes.ids(),)),
+    "input_ids": _texts,
     "pixel_values": _images,
     "pixel_values_videos": _videos,
     "input_values": _waves,
@@ -294,6 +314,7 @@ MODALITIES: dict[str, Callable[[_Sizes], Iterator[Tensor]]] = {
     "inputs_embeds": _embeddings,
     "hidden_states": _embeddings,
     "query_embeds": _embeddings,
+    "flattened_patches": lambda sizes: iter((torch.zeros(BATCH, 64, 2 + sizes.channels * sizes.number("patch_size", 16) ** 2),)),
 }
 """What inputs of these names are in Hugging Face's models, in the order of preference where a model does not say which is the main one."""
 
@@ -304,19 +325,49 @@ def _packed_patches(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tenso
     values = next((name for name in ("pixel_values", "hidden_states") if name in names), None)
     if grid is None or values is None:
         return
-    patch, frames = sizes.first("patch_size", 14), sizes.first("temporal_patch_size", 2)
+    patch, frames = sizes.number("patch_size", 14), sizes.number("temporal_patch_size", 2)
     for area in dict.fromkeys((sizes.channels * patch**2 * frames, sizes.channels * patch**2)):
         for of in ((1, 8, 8), (8, 8)):
-            yield {values: torch.zeros(64, area), grid: torch.tensor([of])}
-    yield {values: torch.zeros(64, sizes.channels, patch, patch), grid: torch.tensor([[8, 8]])}
+            yield {values: torch.zeros(BATCH * 64, area), grid: torch.tensor([of] * BATCH)}
+    yield {values: torch.zeros(BATCH * 64, sizes.channels, patch, patch), grid: torch.tensor([[8, 8]] * BATCH)}
+    yield {values: torch.zeros(BATCH, 64, sizes.channels * patch**2 * frames), grid: torch.tensor([[1, 8, 8]] * BATCH)}
+    side = patch * sizes.number("spatial_merge_size", 2)
+    yield {values: torch.zeros(BATCH * 64, side, side, sizes.channels), grid: torch.tensor([[1, 8, 8]] * BATCH)}
 
 
 def _padded_patches(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
     """Patches of images, padded to one length."""
     if {"pixel_values", "spatial_shapes"} <= set(names):
-        patches = torch.zeros(1, 64, sizes.channels * sizes.first("patch_size", 16) ** 2)
+        patches = torch.zeros(1, 64, sizes.channels * sizes.number("patch_size", 16) ** 2)
         for mask in (name for name in ("pixel_attention_mask", "attention_mask") if name in names):
             yield {"pixel_values": patches, "spatial_shapes": torch.tensor([[8, 8]]), mask: torch.ones(1, 64, dtype=torch.long)}
+
+
+def _placed_patches(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """Patches of images in one row, and where in the image each is, or how many there are of either side."""
+    patch = sizes.number("patch_size", 16)
+    at = torch.arange(144)
+    for places in (name for name in ("pixel_position_ids", "image_position_ids") if name in names and "pixel_values" in names):
+        yield {"pixel_values": torch.zeros(1, 144, 3 * patch**2), places: torch.stack([at % 12, at // 12], -1).unsqueeze(0)}
+    if {"pixel_values", "target_sizes"} <= set(names):
+        yield {"pixel_values": torch.zeros(1, sizes.channels, patch, 64 * patch), "target_sizes": torch.tensor([[8, 8]])}
+
+
+def _images_in_text(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """A text with places for the features of an image, of which there are always as many."""
+    values = next((name for name in ("pixel_values", "flattened_patches") if name in names), None)
+    if values is not None and {"input_ids", "image_embeds_position_mask"} <= set(names):
+        latents = sizes.first("latent_query_num", 64)
+        ids = sizes.ids(latents + LENGTH)
+        places = (torch.arange(latents + LENGTH) < latents).long().expand(BATCH, -1)
+        yield {values: next(MODALITIES[values](sizes)), "input_ids": ids, "image_embeds_position_mask": places}
+
+
+def _prompted(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
+    """An image below another one, of which the mask is given: together as high as the model's image."""
+    if {"prompt_pixel_values", "prompt_masks"} <= set(names):
+        height, width = sizes.image
+        yield dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), torch.zeros(BATCH, sizes.channels, height // 2, width))
 
 
 def _regions(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
@@ -361,11 +412,106 @@ def _forecast(names: list[str], sizes: _Sizes) -> Iterator[dict[str, Tensor]]:
         }
 
 
-GROUPS = (_packed_patches, _padded_patches, _regions, _entities, _trajectory, _forecast)
+GROUPS = (_packed_patches, _padded_patches, _placed_patches, _images_in_text, _prompted, _regions, _entities, _trajectory, _forecast)
 """Inputs that go together."""
 
 
-def with_placeholders(model: nn.Module, call: dict[str, Any], said: str) -> dict[str, Any] | None:
+# what its docstring says
+
+DOCUMENTED = re.compile(r"^\s*(\w+) \((`[^\n]*?) of shape `?\(([^`()\n]*)\)", re.MULTILINE)
+"""`patches (torch.Tensor of shape (batch_size, num_patches, 2))`, in the form that transformers checks in its docstrings."""
+ALTERNATIVES = re.compile(r".*(labels|inputs_embeds|attention_mask|head_mask|encoder_outputs|cache|grid_\w+|(?<!pixel_)position_ids)")
+"""Inputs that a forward makes itself where they are left out, or takes in place of others; and grids, which must fit their patches."""
+
+
+def _documented(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The type and the shape that the docstring gives for an input."""
+    names = inspect.signature(model.forward).parameters
+    found = {name: (kind, shape) for name, kind, shape in reversed(DOCUMENTED.findall(inspect.getdoc(model.forward) or ""))}
+    return {name: found[name] for name in names if name in found}
+
+
+def _as_documented(name: str, kind: str, shape: str, sizes: _Sizes) -> Tensor:
+    """A tensor of that shape: its words are the config's fields, or a batch, or some length."""
+    words = [word for word in re.split(", *", shape) if word]
+    dims = [_length(word, last=at == len(words) - 1, sizes=sizes) for at, word in enumerate(words)]
+    if "channels" not in shape and "mask" in name:
+        return torch.ones(dims, dtype=torch.bool if "Bool" in kind else torch.long)
+    if name.endswith("image_sizes"):
+        return torch.tensor(sizes.image).expand(dims)
+    if name.endswith("input_ids"):
+        return (torch.arange(torch.Size(dims).numel()) % 3 + 1).reshape(dims)
+    integer = re.search("Long|Int", kind) or re.search("_(ids|idx|sizes|lengths|lens)$", name)
+    return torch.zeros(dims, dtype=torch.bool if "Bool" in kind else torch.long if integer else torch.float32)
+
+
+def _length(words: str, *, last: bool, sizes: _Sizes) -> int:
+    return sum(math.prod(_size(word.strip(), last=last, sizes=sizes) for word in re.split(r"\*| x ", term)) for term in words.split("+"))
+
+
+def _size(word: str, *, last: bool, sizes: _Sizes) -> int:
+    word = word.removeprefix("config.")
+    if word.isdigit():
+        return int(word)
+    if re.match("batch|num_(images|videos|audios)", word):
+        return BATCH
+    if word in {"height", "width", "image_size", "frame_size"}:
+        return sizes.image[last]
+    own = sizes.first("patch_size" if word in {"patch_height", "patch_width"} else word, None)
+    own = sizes.hidden if word == "hidden_size" else sizes.channels if word.endswith("channels") else own
+    return own if isinstance(own, int) else LENGTH
+
+
+def completed(model: nn.Module, call: dict[str, Any], failure: Exception, said: str) -> dict[str, Any] | None:
+    """The call with what its failure asks for; None if that is not known.
+
+    It asks by the name of an argument in its words, by an argument that is None where it failed, or for placeholders.
+    """
+    more = _with_placeholders(model, call, said) or _one_row(call, said) or _in_patches(call, said)
+    if more is not None:
+        return more
+    documented = _documented(model)
+    open_ = [name for name in documented if name not in call and not ALTERNATIVES.fullmatch(name)]
+    named = [name for name in open_ if re.search(rf"\b{name}\b", said)]
+    if not named and "None" in said:
+        named = _unset(failure.__cause__, open_)
+    sizes = _Sizes(model.config)
+    return call | {name: _as_documented(name, *documented[name], sizes) for name in named} if named else None
+
+
+def _one_row(call: dict[str, Any], said: str) -> dict[str, Any] | None:
+    """The first row alone, for a forward that gives the shape of the batch to a value of which there is one."""
+    found = re.search(r"shape '\[([\d, ]+)\]' is invalid for input of size (\d+)", said)
+    if found is None or math.prod(map(int, found[1].split(","))) != BATCH * int(found[2]):
+        return None
+    return {name: value[:1] if isinstance(value, Tensor) else value for name, value in call.items()}
+
+
+def _in_patches(call: dict[str, Any], said: str) -> dict[str, Any] | None:
+    """Every image as the patches that it is taken to be in."""
+    found = re.search(r"got split_sizes=\[(\d+), \1\]", said)
+    images = call.get("pixel_values")
+    if found is None or images is None or images.dim() != 4:
+        return None
+    return call | {"pixel_values": images.unsqueeze(1).repeat(1, int(found[1]), 1, 1, 1)}
+
+
+def _unset(error: BaseException | None, names: list[str]) -> list[str]:
+    """The argument that the innermost call which has any of them was left without."""
+    calls: list[tuple[dict[str, Any], str]] = []
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None:
+        frame = trace.tb_frame
+        calls.append((frame.f_locals, linecache.getline(frame.f_code.co_filename, trace.tb_lineno)))
+        trace = trace.tb_next
+    for values, line in reversed(calls):
+        unset = [name for name in names if name in values and values[name] is None]
+        if unset:
+            return [name for name in unset if re.search(rf"\b{name}\b", line)][:1] or unset[:1]
+    return []
+
+
+def _with_placeholders(model: nn.Module, call: dict[str, Any], said: str) -> dict[str, Any] | None:
     """The call with as many placeholder tokens as the error asks for, or their types; None if it asks for none.
 
     Where an image or a sound goes, the text has one token for each of its features: "Image features and image tokens do not match, tokens:
@@ -378,7 +524,11 @@ def with_placeholders(model: nn.Module, call: dict[str, Any], said: str) -> dict
     if "`mm_token_type_ids` is missing" in said:
         places = call["input_ids"] == sizes.first("image_token_id image_token_index", -1)
         return call | {"mm_token_type_ids": places.to(torch.int64)}
-    found = re.search(r"(\w+) features and .* do not match\D*tokens: *(\d+)\D*features:? *(\d+)", said)
+    missing = re.search(r"at least one (\w+) token", said)
+    token = sizes.first(f"{missing[1].lower()}_token_id", None) if missing else None
+    if token is not None and not (call["input_ids"] == token).any():
+        return call | {"input_ids": torch.cat([torch.full((BATCH, 1), token), call["input_ids"]], 1)}
+    found = re.search(r"(\w+) features and .* do not match\D*tokens: *(\d+)\D*features:? *(\d+)", said.replace("Multimodal", "Image"))
     if found is None:
         return None
     token = sizes.first("{0}_token_id {0}_token_index".format(found[1].lower()), None)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from scaling.capture import Recording, record, unwrap
 from scaling.errors import CannotMakeInputs, CaptureFailed
 from scaling.graph import operator_name
-from scaling.huggingface import calls, with_placeholders
+from scaling.huggingface import calls, completed
 
 __all__ = ["Inputs", "made_up"]
 
@@ -48,14 +48,16 @@ def made_up(model: nn.Module) -> tuple[Inputs, Recording]:
 
 def _made_up(model: nn.Module) -> tuple[Inputs, Recording]:
     tried, last, where = [], "", ""
+    seen = set()
     for inputs in (*(((), call) for call in calls(model)), *_dummy(model)):
-        for _ in range(4):  # again with the placeholders that an image or a sound needs
+        while (kind := frozenset(_shown(inputs))) not in seen:  # again with an image's placeholders, or with what was left out
+            seen.add(kind)
             try:
                 return inputs, record(model, *inputs)
             except CaptureFailed as failure:
                 tried.append(_described(inputs))
                 last, where = failure.cause, failure.where
-                more = with_placeholders(model, inputs[1], last)
+                more = completed(model, inputs[1], failure, last)
                 if more is None:
                     break
                 inputs = (), more
@@ -88,9 +90,13 @@ def _made_up(model: nn.Module) -> tuple[Inputs, Recording]:
 
 
 def _described(inputs: Inputs, names: Sequence[str] = ()) -> str:
+    return ", ".join(_shown(inputs, names))
+
+
+def _shown(inputs: Inputs, names: Sequence[str] = ()) -> list[str]:
     named = [*zip_longest(names[: len(inputs[0])], inputs[0]), *inputs[1].items()]
     shown = [f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" if isinstance(v, Tensor) else repr(v) for _, v in named]
-    return ", ".join(f"{name}={value}" if name else value for (name, _), value in zip(named, shown, strict=True))
+    return [f"{name}={value}" if name else value for (name, _), value in zip(named, shown, strict=True)]
 
 
 def _required(model: nn.Module) -> list[str]:

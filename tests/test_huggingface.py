@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import types
 
 import pytest
 import torch
@@ -158,3 +159,127 @@ def test_an_encoder_of_sound_is_tried_with_every_form_of_it():
     text = BertConfig(vocab_size=31, is_decoder=True, add_cross_attention=True, **small)
     model = SpeechEncoderDecoderModel(SpeechEncoderDecoderConfig.from_encoder_decoder_configs(sound, text))
     assert not derive(model).coverage.unreached
+
+
+def made_up_for(model):
+    from scaling.inputs import made_up
+
+    return {name: tuple(value.shape) for name, value in made_up(model)[0][1].items() if isinstance(value, torch.Tensor)}
+
+
+class Documented(torch.nn.Module):
+    """A model of a kind that is not known, with the docstring that transformers asks for."""
+
+    main_input_name = "tokens"
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(num_channels=3, hidden_size=8, mark_dim=5)
+        self.embed, self.mark, self.row = torch.nn.Embedding(7, 8), torch.nn.Linear(5, 8), torch.nn.Linear(3 * 4 + 2, 8)
+
+    def forward(self, tokens, marks, row_ids, rows=None):
+        r"""
+        tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            What it reads.
+        marks (`torch.FloatTensor` of shape `(batch_size, num_marks, config.mark_dim)`):
+            What is marked.
+        row_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            In which row.
+        rows (`torch.Tensor` of shape `(batch_size, num_rows, 2 + image_channels * 4)`, *optional*):
+            The rows.
+        """
+        return self.embed(tokens + row_ids), self.mark(marks), self.projected(features=rows)
+
+    def projected(self, features):
+        return self.row(features[:, :1])
+
+
+def test_inputs_of_any_name_are_made_as_the_docstring_describes_them():
+    """Those without a default at once, the others where the forward stumbles over a None, under whatever name it has there."""
+    assert made_up_for(Documented()) == {"tokens": (2, 8), "marks": (2, 8, 5), "row_ids": (2, 8), "rows": (2, 8, 14)}
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+WITH_INPUTS_OF_THEIR_OWN = {
+    "patches with their places in front": lambda: transformers.Pix2StructVisionModel(
+        transformers.Pix2StructVisionConfig(
+            hidden_size=32,
+            d_ff=48,
+            d_kv=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_embed_hidden_size=48,
+            patch_size=4,
+            seq_len=64,
+        )
+    ),
+    "patches with their places beside them": lambda: transformers.Gemma4VisionModel(
+        transformers.Gemma4VisionConfig(head_dim=16, num_key_value_heads=2, patch_size=4, position_embedding_size=16, **SMALL)
+    ),
+    "an image below a prompt": lambda: transformers.SegGptModel(
+        transformers.SegGptConfig(
+            image_size=(64, 32), pretrain_image_size=32, intermediate_hidden_state_indices=[0, 1], merge_index=0, **SMALL
+        )
+    ),
+    "a text with places for an image": lambda: transformers.Kosmos2ForConditionalGeneration(
+        transformers.Kosmos2Config(
+            text_config={"vocab_size": 31, "embed_dim": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 2},
+            vision_config=SMALL | {"image_size": 32, "patch_size": 16},
+            latent_query_num=4,
+        )
+    ),
+    "a text with a question": lambda: transformers.SplinterForPreTraining(
+        transformers.SplinterConfig(vocab_size=31, question_token_id=30, **SMALL)
+    ),
+    "an image in patches, of a size": lambda: transformers.LlavaNextForConditionalGeneration(
+        transformers.LlavaNextConfig(
+            text_config=transformers.LlamaConfig(vocab_size=31, **SMALL),
+            vision_config=transformers.CLIPVisionConfig(image_size=32, patch_size=16, **SMALL | {"num_hidden_layers": 1}),
+            image_grid_pinpoints=[[32, 64], [64, 32]],
+            vision_feature_layer=-1,
+            image_token_index=30,
+        )
+    ),
+    "a sound beside a text": lambda: transformers.OmniASRForConditionalGeneration(
+        transformers.OmniASRConfig(
+            text_config=transformers.LlamaConfig(vocab_size=31, **SMALL),
+            audio_config=transformers.OmniASRAudioConfig(conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), **SMALL),
+            audio_token_id=30,
+        )
+    ),
+    "frames beside a text": lambda: transformers.XCLIPModel(
+        transformers.XCLIPConfig(
+            text_config=SMALL | {"vocab_size": 31, "eos_token_id": 2},
+            vision_config=SMALL | {"image_size": 32, "patch_size": 16, "num_frames": 3, "mit_hidden_size": 32, "mit_intermediate_size": 48},
+            projection_dim=32,
+            prompt_num_attention_heads=2,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_INPUTS_OF_THEIR_OWN)
+def test_inputs_are_made_up_for(kind):
+    with torch.device("meta"):
+        model = WITH_INPUTS_OF_THEIR_OWN[kind]()
+    unreached = derive(model).coverage.unreached
+    assert not [name for name in unreached if "type_token" not in name and "post_layernorm" not in name]  # which the forward never uses
+
+
+def test_codes_beside_the_text_have_an_axis_of_their_own():
+    small = {"vocab_size": 31, "codebook_vocab_size": 8, "num_codebooks": 3, "ffn_dim": 48, "head_dim": 16, "audio_pad_token_id": 7}
+    with torch.device("meta"):
+        model = transformers.KyutaiSpeechToTextForConditionalGeneration(transformers.KyutaiSpeechToTextConfig(**small, **SMALL))
+    assert made_up_for(model) == {"input_ids": (2, 8, 4)}
+
+
+def test_the_channels_of_a_stem_grow_but_for_the_images():
+    config = transformers.HGNetV2Config(
+        embedding_size=16, depths=[1, 1], hidden_sizes=[32, 64], stem_channels=[3, 8, 16], stage_in_channels=[16, 32],
+        stage_mid_channels=[8, 8], stage_out_channels=[32, 64], stage_num_blocks=[1, 1], stage_downsample=[False, True],
+        stage_downsample_strides=[2, 2], stage_light_block=[False, True], stage_kernel_size=[3, 3], stage_numb_of_layers=[1, 1],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.HGNetV2ForImageClassification(config)
+    assert at_twice_the_width(model).config.stem_channels == [3, 16, 32]
+    assert all(cls.known for cls in derive(model).classes)
