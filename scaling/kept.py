@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,11 @@ def random_states_kept() -> Iterator[None]:
             numpy.random.set_state(other)
 
 
+def _as_it_is(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
+    """In place of moving and casting a module in a forward (an expert to the device of its tokens): the weights stand in as they are."""
+    return module
+
+
 @contextmanager
 def kept(model: nn.Module, *inputs: Any) -> Iterator[Kept]:
     """Inside, the model is in eval mode, seeded, with torch's fused attention path off; afterwards all is as it was."""
@@ -122,6 +128,7 @@ def kept(model: nn.Module, *inputs: Any) -> Iterator[Kept]:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _as_it_is))
         for module in model.modules():
             module.training = False
         yield found

@@ -240,7 +240,7 @@ def _map(use: WeightUse, cells: tuple[_Cell, ...], dims: tuple[Dim, ...], growth
         of_axis = [factor for factor, part in factors if part == "add"]
         looked_up = grown and of_axis and not any(factor.extent.free_symbols for factor in of_axis)
         axes.append(tuple(_settled(factor, part, looked_up=bool(looked_up)) for factor, part in factors))
-    flat = [factor for axis in axes for factor in axis]
+    flat = [factor for axis in axes for factor in axis if factor.extent != 0]  # without entries there is nothing to count
     fans = {part: sympy.Mul(*(factor.extent for factor in flat if factor.part == part)) for part in ("in", "out", "copy")}
     operator = rule_of(use.call)
     summed = any(factor.part == "in" for factor in flat)  # a bias sums nothing

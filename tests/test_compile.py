@@ -363,6 +363,16 @@ def test_every_law_meets_the_spectral_condition_per_block_and_copy(law):
             assert S.min().item() == pytest.approx(1, rel=1e-5)
 
 
+def test_a_layer_without_features_has_a_rule():
+    """A quarter of a quarter of too few channels."""
+    model = nn.Sequential(nn.Linear(7, 32, bias=False), nn.Linear(32, 5))
+    model[0].register_parameter("none", nn.Parameter(torch.randn(32, 0)))
+    model[0].forward = lambda x: F.linear(x, model[0].weight) + F.linear(x[:, :0], model[0].none)
+    model, optimizer = compiler.compile(model, derive(model, (torch.zeros(3, 7),)), optimizer="muon", lr=0.1)
+    model(torch.ones(3, 7)).square().sum().backward()
+    optimizer.step()
+
+
 def test_a_weight_without_entries_is_left_as_it_is():
     """What a count of 0 leaves of an option, as no memory keys (routing-transformer)."""
     model = nn.Sequential(nn.Linear(7, 32), nn.Linear(32, 32), nn.Linear(32, 5))

@@ -80,6 +80,12 @@ def test_both_sides_of_a_branch_on_a_float_are_reached(test):
     assert (table["a.weight"].role, table["b.weight"].role) == ("hidden", "hidden")
 
 
+def test_a_layer_that_is_moved_within_a_forward_is_recorded():
+    """Mixtures of experts send each expert to the device of its tokens."""
+    table = table_of(lambda m, x: m.out(m.mid.to(x.device).float()(m.inp(x))))
+    assert table["mid.weight"].role == "hidden"
+
+
 # what leaves torch
 
 
