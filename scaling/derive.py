@@ -20,7 +20,7 @@ from scaling.errors import CannotMakeInputs, CaptureFailed, GraphsDiffer, Scalin
 from scaling.graph import LayerGraph, align
 from scaling.growth import Override, growth_of
 from scaling.huggingface import at_twice_the_width
-from scaling.initialised import init_only_note
+from scaling.initialised import init_only_note, wide_constants
 from scaling.inputs import made_up
 from scaling.kept import random_states_kept
 from scaling.records import Coverage, ScalingTable, Trace
@@ -110,7 +110,7 @@ def derive(
     deep = None if depth is False else deepen(graph, uses, alpha_of(depth), models[0])
     rules = rules_of(graph, uses, growth, [*folds, *scales.folds, *(deep.folds if deep else ())], scales.at, many=many_growing_axes)
     notes += (*few_normalized(graph, growth, uses, rules), *few_taken(graph, growth), *bent(graph, growth, uses))
-    notes += too_large_once_aligned(rules)
+    notes += (*too_large_once_aligned(rules), *wide_constants(models, rules, growth.sizes))
     if deep is not None:
         rules = [deep.rule(rule) for rule in rules]
         notes += (*deep.residual.notes, *init_only_note(models[0], deep.residual, rules, growth.size))

@@ -1,16 +1,18 @@
-"""What a model's own initial weights say of depth: GPT-2's 0.02/√(2·layers) on the last maps of its branches."""
+"""What a model's own initial weights say: of depth, GPT-2's 0.02/√(2·layers); of width, a gain that starts at √d."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from torch import nn
+import sympy
+from torch import Tensor, nn
 
 from scaling.limits import DEPTH, WIDTH
+from scaling.notation import formula
 from scaling.records import Residual, WeightRule
 
-__all__ = ["init_only_note"]
+__all__ = ["init_only_note", "wide_constants"]
 
 CLOSE = 0.1
 """Relative; the standard deviation of a matrix of 64 × 64 random entries is known to 1 %, of 16 × 16 to 5 %."""
@@ -38,6 +40,36 @@ def init_only_note(model: nn.Module, residual: Residual, rules: Iterable[WeightR
         f"the last matrix of every branch starts 1/√L = 1/√{residual.size} as large as the others (as GPT-2's 0.02/√(2·layers)): that is a "
         "rule for the init alone and no branch multiplier, as updates still add up over L; the init and learning rates here take its place",
     )
+
+
+def wide_constants(models: Sequence[nn.Module], rules: Iterable[WeightRule], sizes: Sequence[int]) -> tuple[str, ...]:
+    """Notes on gains and scalars that start at a constant that follows the width (ScaleNorm's g = √d): to a rule a gain starts at 1."""
+    named = [dict(model.named_parameters(remove_duplicate=False)) for model in models]
+    notes = []
+    for rule in rules if len(set(sizes)) > 1 else ():
+        starts = [_constant(weights.get(rule.name)) for weights in named] if len(rule.dims) < 2 else [None]
+        values = [start for start in starts if start]
+        if len(values) < len(sizes):
+            continue
+        narrow, wide = sizes.index(min(sizes)), sizes.index(max(sizes))
+        power = math.log(values[wide] / values[narrow]) / math.log(sizes[wide] / sizes[narrow])
+        nearest = sympy.Rational(round(2 * power), 2)
+        if nearest and abs(power - nearest) < 1e-3:
+            law = formula(WIDTH**nearest)
+            notes.append(
+                f"{rule.name} starts at {law}, up to a constant, and its rules are those of a gain that starts at 1: start it there and"
+                f" multiply by {law} in the forward, where the layers around it make up for a number"
+            )
+    return tuple(notes)
+
+
+def _constant(weight: Tensor | None) -> float | None:
+    """The positive number that all entries are."""
+    if weight is None or weight.is_meta or not weight.numel():
+        return None
+    entries = weight.detach()
+    first = float(entries.flatten()[0])
+    return first if first > 0 and bool((entries == first).all()) else None
 
 
 def _is(value: float, pair: tuple[float, float]) -> bool:

@@ -114,3 +114,19 @@ def test_a_product_of_normalized_towers_needs_nothing_more():
 def test_without_multipliers_no_rule_has_sizes_of_its_own():
     for rule in derive(models.GPT, models.ids(), widths=(32, 64)):
         assert all((block.input_scale, block.target) == (1, 1) for block in rule.blocks)
+
+
+def test_a_gain_that_starts_at_a_power_of_the_width_is_said():
+    """ScaleNorm (Nguyen and Salazar 2019) starts at √d."""
+
+    class Scaled(nn.Module):
+        def __init__(self, d, start):
+            super().__init__()
+            self.stem, self.g, self.out = nn.Linear(16, d), nn.Parameter(torch.tensor(float(start))), nn.Linear(d, 4)
+
+        def forward(self, x):
+            return self.out(self.g * F.normalize(self.stem(x), dim=-1))
+
+    notes = [derive(lambda d, p=p: Scaled(d, d**p), torch.zeros(2, 16), widths=(64, 128)).notes for p in (0.5, 0)]
+    assert ["g starts at √d" in note for note in notes[0]] == [True]
+    assert notes[1] == ()
