@@ -28,13 +28,13 @@ WIDTH_FIELDS = re.compile(
     r"(en|de)coder_(hidden_size|hidden_dim|ffn_dim|dim|intermediate_size|feedforward_dim|in_channels)"
     r"|((linear|moe|shared|shared_expert|moe_shared|moe_shared_expert|dense|expert|mlp|ffn|dense_ffn|fusion|projector|mm|pooler|text|out|output"
     r"|latent|attention|cross_attention|fpn|neck|rnn|reassemble|decoder_mlp|merged)_)?(hidden|intermediate)_sizes?(_mlp|_per_layer_input)?"
-    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|text_embed|backbone_channel)_(dim|dims|list)"
+    r"|d_model|n_embd|dim|dims|(embed|emb|hidden|ffn|mlp|model|conv|text_embed|backbone_channel)_(dim|dims|list|dim_per_stage)"
     r"|word_embed_proj_dim|embedding_(size|dim)|embed_size|n_inner|d_ff|d_inner|d_embed|dim_feedforward|ffn_hidden_size|lru_width|num_filters"
     r"|stem_channels|stage_(in|mid|out)_channels|pooler_output_size|projection_size|(coordinate|shape)_size|decoder_channels|stem_hidden_channels|vector_quantization_hidden_dimension|mask_feature_size|feature_size_hidden|q_lora_rank|kv_lora_rank|mamba_dt_rank"
     r"|time_step_rank|neck_hidden_sizes|decoder_hidden_size"
 )
 HEAD_FIELDS = re.compile(
-    r"((en|de)coder_|swa_|index_)?(num_)?(attention_heads|heads)|n_heads?|num_attention_head|((en|de)coder_)?num_(attention|key_value|kv)_heads?"
+    r"((en|de)coder_|swa_|index_)?(num_)?(attention_heads|heads)(_per_stage)?|n_heads?|num_attention_head|((en|de)coder_)?num_(attention|key_value|kv)_heads?"
     r"|n_head_kv|swa_num_(attention|key_value)_heads|index_n_heads|mamba_(n|num)_heads|linear_num_(key_|value_)?heads|(en|de)coder_num_heads"
     r"|(en|de)coder_num_(attention|key_value)_heads|multi_query_group_num"
 )
@@ -102,9 +102,10 @@ def _doubled(name: str, value: Any, alike: frozenset[int]) -> Any:
 
 
 def _widths(config: Any) -> frozenset[int]:
-    """The lengths of the fields that are widths by their names."""
-    named = ((name, value) for each in _configs(config) for name, value in vars(each).items())
-    return frozenset(value for name, value in named if isinstance(value, int) and value > 1 and WIDTH_FIELDS.fullmatch(name))
+    """The lengths of the fields that are widths by their names, and of their entries."""
+    named = (value for each in _configs(config) for name, value in vars(each).items() if WIDTH_FIELDS.fullmatch(name))
+    sizes = (size for value in named for size in (value if isinstance(value, (list, tuple)) else [value]))
+    return frozenset(size for size in sizes if isinstance(size, int) and size > 1)
 
 
 def _derived(config: Any, doubled: dict[str, Any]) -> dict[str, Any]:

@@ -283,3 +283,23 @@ def test_the_channels_of_a_stem_grow_but_for_the_images():
         model = transformers.HGNetV2ForImageClassification(config)
     assert at_twice_the_width(model).config.stem_channels == [3, 16, 32]
     assert all(cls.known for cls in derive(model).classes)
+
+
+def test_the_widths_and_heads_of_stages_grow():
+    """Also a stem's, which is as long as the first of them (TextNet)."""
+    with torch.device("meta"):
+        model = transformers.Sam2VisionModel(
+            transformers.Sam2VisionConfig(
+                backbone_config=transformers.Sam2HieraDetConfig(
+                    hidden_size=16, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 1, 1], global_attention_blocks=[],
+                    embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
+                    window_positional_embedding_background_size=[4, 4], window_size_per_stage=[4, 2, 2, 2],
+                ),
+                backbone_channel_list=[128, 64, 32, 16], fpn_hidden_size=32, backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+            )
+        )  # fmt: skip
+        other = transformers.TextNetForImageClassification(
+            transformers.TextNetConfig(hidden_sizes=[16, 16, 24, 32, 40], stem_out_channels=16)
+        )
+    for table in (derive(model), derive(other)):
+        assert all(cls.known for cls in table.classes)
