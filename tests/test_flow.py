@@ -450,3 +450,24 @@ def test_a_matrix_that_is_used_again_and_its_transpose_keep_sizes():
     for transposed in (False, True):
         table = derive(lambda d, t=transposed: Again(d, t), torch.zeros(4, 16), widths=(64, 128))
         assert [flow(table).of("").init, flow(table).of("").change] == [sympy.Rational(-1, 2), 0]
+
+
+@pytest.mark.parametrize("shape", [lambda d: (d, 1), lambda d: (1, d), lambda d: ()], ids=["rows", "columns", "one"])
+def test_a_change_of_a_gain_on_a_weight_is_as_random_as_the_weight(shape):
+    """diag(Δg)·W·x is Θ(1), measured: no coherent sum, as W does not follow x (weight_norm, a scale on a whole matrix)."""
+
+    class Gained(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.stem, self.W, self.g, self.out = (
+                nn.Linear(16, d),
+                nn.Parameter(torch.randn(d, d)),
+                nn.Parameter(torch.ones(shape(d))),
+                nn.Linear(d, 4),
+            )
+
+        def forward(self, x):
+            return self.out(F.linear(F.relu(self.stem(x)), self.W * self.g))
+
+    table = derive(Gained, torch.zeros(4, 16), widths=(64, 128))
+    assert [flow(table).of("").init, flow(table).of("").change] == [sympy.Rational(-1, 2), 0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from torch import Tensor, fx
 
 from scaling.contractions import _as_float
 from scaling.graph import Call
 from scaling.orders import CONSTANT, NOTHING, ZERO, Exponent, Pieces, State, joined, least, minus, plus, shared, times, top, zipped
-from scaling.propagation.context import TINY, Context, Result, Values, largest, nothing, shape_of
+from scaling.propagation.context import HALF, TINY, Context, Result, Values, largest, nothing, shape_of
 from scaling.propagation.pointwise import powered
 from scaling.propagation.reductions import sum_of
 
@@ -43,10 +45,13 @@ def added(context: Context, call: Call, values: Values) -> Result | None:
     return out, pull
 
 
-def product_of(context: Context, a: State, b: State, narrow: tuple[bool, bool]) -> State:
-    """a·b entry by entry; `narrow` says which of the two has no growing axis."""
+def product_of(context: Context, a: State, b: State, narrow: tuple[bool, bool], apart: tuple[Fraction, Fraction] = (ZERO, ZERO)) -> State:
+    """a·b entry by entry; `narrow` says which of the two has no growing axis.
+
+    `apart`: how much less a change of either, as a gain on a weight, is aligned than an update of that weight would be.
+    """
     init = plus(a.init, b.init)
-    change = top(plus(a.change, b.init), plus(a.init, b.change), plus(a.change, b.change))
+    change = top(plus(a.change, b.init, -apart[0]), plus(a.init, b.change, -apart[1]), plus(a.change, b.change))
     after = plus(a.after, b.after)
     if narrow[1]:
         mean = plus(a.mean, b.init)
@@ -82,7 +87,8 @@ def multiplied(context: Context, call: Call, values: Values) -> Result | None:
     inverse = powered(-1)
     factor = b.each(lambda s: inverse(s)[0]) if divides else b
     narrow = context.orders(left) == 0, context.orders(right) == 0
-    out = zipped(lambda x, y: product_of(context, x, y, narrow), a, factor, shape_of(call))
+    apart = _apart(context, call, left), _apart(context, call, right)
+    out = zipped(lambda x, y: product_of(context, x, y, narrow, apart), a, factor, shape_of(call))
 
     def pull(d: Pieces[Exponent]) -> list[Pieces[Exponent] | None]:
         to_a = zipped(lambda e, y: plus(e, y.after), d, factor, shape_of(call))
@@ -92,6 +98,13 @@ def multiplied(context: Context, call: Call, values: Values) -> Result | None:
         return [broadcast(context, call, left, to_a), broadcast(context, call, right, to_b)]
 
     return out, pull
+
+
+def _apart(context: Context, call: Call, gain: fx.Node) -> Fraction:
+    """½ for every growing axis of a weight that a gain on it lacks: along these a change of the gain is as random as the weight."""
+    if call.node not in context.graph.weight_only:
+        return ZERO
+    return HALF * max(context.orders(call.node) - context.orders(gain), ZERO)
 
 
 def _is_number(node: fx.Node) -> bool:

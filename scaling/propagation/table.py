@@ -43,7 +43,7 @@ _ROWS: list[tuple[Rule, str]] = [
     (clamp, "clamp clamp_min clamp_max"),
     # several values, entry by entry
     (added, "add sub rsub"),
-    (multiplied, "mul div multiply divide true_divide"),
+    (multiplied, "mul div multiply divide true_divide _weight_norm"),
     (merged, "where masked_fill maximum minimum copy index_put masked_scatter index_copy scatter scatter_reduce"),
     (scattered, "index_add scatter_add"),
     (placed, "slice_scatter select_scatter"),
