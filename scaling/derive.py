@@ -177,6 +177,13 @@ def _ready(model: Any, what: str) -> nn.Module:
             " a lazy layer has no shape before its first input\n  run one forward first: model(*args), then derive(model, args)"
         )
         raise ScalingError(message)
+    sharded = next((name for name, weight in model.named_parameters() if type(weight).__name__ == "DTensor"), None)
+    if sharded is not None:
+        message = (
+            f"{sharded!r} of {type(model).__name__} is sharded over ranks, and what is recorded is the model before that\n"
+            "  derive first, or from the same model on the meta device, and shard then: the table goes by the names of the weights"
+        )
+        raise ScalingError(message)
     return model
 
 

@@ -4,9 +4,12 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from models import MLP
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import compiler
 from scaling import coordinate_check, derive, lint
@@ -271,3 +274,14 @@ def test_a_model_where_a_function_of_the_width_is_meant():
 def test_a_pair_without_an_optimizer_is_called_what_it_is():
     with pytest.raises(CannotMeasure, match=r"build\(16\) returned \(MLP, NoneType\), not a pair"):
         coordinate_check(lambda d: (MLP(d), None), [(torch.zeros(2, 16), torch.zeros(2).long())], (16, 32))
+
+
+def test_a_sharded_model_is_derived_before_it_is_sharded(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ScalingError, match=r"'0\.weight' of \w+ is sharded over ranks[\s\S]*derive first"):
+            derive(model, torch.zeros(2, 8))
+    finally:
+        dist.destroy_process_group()
