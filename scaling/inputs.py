@@ -50,7 +50,9 @@ def _made_up(model: nn.Module) -> tuple[Inputs, Recording]:
     tried, last, where = [], "", ""
     seen = set()
     for inputs in (*(((), call) for call in calls(model)), *_dummy(model)):
-        while (kind := frozenset(_shown(inputs))) not in seen:  # again with an image's placeholders, or with what was left out
+        for _ in range(ATTEMPTS):  # again with an image's placeholders, or with what was left out
+            if (kind := frozenset(_shown(inputs))) in seen:
+                break
             seen.add(kind)
             try:
                 return inputs, record(model, *inputs)
