@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -353,13 +352,6 @@ class SpectralOptimizer(Optimizer):
             raise BadGradient(
                 meta, "no", "they are on meta: make the optimizer after model.to_empty(device=...), which makes other weights"
             )
-        begun = ready or self.state or torch.compiler.is_compiling()
-        if entries and not begun and all(entry.W.grad is None for entry in entries):
-            message = (
-                "no weight of the optimizer has had a gradient yet, and step() changes nothing: what replaces the weights of a model "
-                "(fully_shard, load_state_dict(assign=True)) has to come before the optimizer is made"
-            )
-            warnings.warn(message, stacklevel=7)  # as in warn_of_scales_in
         return ready
 
     def _raise_spoilt(self, sides: list[tuple[list[Ready], Tensor]]) -> None:

@@ -238,7 +238,7 @@ def _scales_another(graph: LayerGraph, weight: Call, chain: tuple[fx.Node, ...])
     return any(
         graph.calls[product].name in {*PRODUCTS, "aten.div", "aten.divide"}
         and any(n is not factor and n in graph.weight_only and weight not in graph.made_of(n) for n in product.all_input_nodes)
-        and weight not in graph.mains(product)
+        and not graph.made_of(factor).keys() & set(graph.mains(product))
         for factor, product in pairwise(chain)
     )
 

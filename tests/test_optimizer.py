@@ -326,7 +326,6 @@ def test_a_loop_that_applies_lr_scale_itself_is_told_so():
     groups = [{"params": [W], "lr_scale": factor} for W, factor in zip(parameters((4, 4), (4, 4), (4, 4)), (8.0, 0.5, 0.5), strict=True)]
     optimizer = SpectralOptimizer(groups, 0.1)
     for group in optimizer.param_groups:
-        group["params"][0].grad = torch.randn(4, 4)
         group["lr"] = 0.3 * group["lr_scale"]
     with pytest.warns(UserWarning, match="multiplied by its lr_scale already") as told:
         optimizer.step()
@@ -472,17 +471,7 @@ def test_weights_without_gradient_are_left_alone():
     assert list(optimizer.state) == [W[0]]
     optimizer.zero_grad()
     assert W[0].grad is None
-
-
-def test_a_step_without_any_gradient_says_what_may_have_become_of_the_weights():
-    model = nn.Linear(4, 4)
-    optimizer = SpectralOptimizer([model.weight], 0.1)
-    model.load_state_dict({name: W.clone() for name, W in model.state_dict().items()}, assign=True)
-    model(torch.randn(3, 4)).sum().backward()
-    with pytest.warns(UserWarning, match="no weight of the optimizer has had a gradient yet.*assign=True") as told:
-        optimizer.step()
-    assert told[0].filename == __file__
-    assert not optimizer.state
+    optimizer.step()
 
 
 @pytest.mark.parametrize("map", [*MAPS, None])

@@ -91,9 +91,12 @@ class Rotary(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, q).transpose(1, 2).flatten(2))
 
 
-def test_a_rotary_query_carries_the_rest_of_1_over_d_once():
-    rule = derive(Rotary, torch.zeros(2, 6, 7), widths=SAMPLE)["q.weight"]
-    assert (rule.exponent("init_std"), rule.exponent("adam")) == (-1, Rational(-3, 2))
+def test_a_rotary_key_carries_the_rest_of_1_over_d_once_where_the_query_is_the_value_too():
+    table = derive(Rotary, torch.zeros(2, 6, 7), widths=SAMPLE)
+    assert [(table[name].exponent("init_std"), table[name].exponent("adam")) for name in ("q.weight", "k.weight")] == [
+        (Rational(-1, 2), -1),
+        (-1, Rational(-3, 2)),
+    ]
 
 
 def test_rows_are_blocks_where_a_half_of_them_is_cut_again():

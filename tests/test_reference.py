@@ -237,7 +237,6 @@ KINDS = ("normal", "normal", "normal", "none", "zero", "bad")
 
 
 @pytest.mark.filterwarnings("ignore:every group.s lr is multiplied")  # by chance
-@pytest.mark.filterwarnings("ignore:no weight of the optimizer has had a gradient yet")
 @LAWS
 @given(made=groups(), steps=STEPS, capturable=st.booleans(), workspace=st.sampled_from([2**10, 2**30]), data=st.data())
 def test_every_step_is_that_of_the_reference(made, steps, capturable, workspace, data):
