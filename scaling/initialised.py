@@ -46,7 +46,7 @@ def wide_constants(models: Sequence[nn.Module], rules: Iterable[WeightRule], siz
     """Notes on gains and scalars that start at a constant that follows the width (ScaleNorm's g = √d): to a rule a gain starts at 1."""
     named = [dict(model.named_parameters(remove_duplicate=False)) for model in models]
     notes = []
-    for rule in rules if len(set(sizes)) > 1 else ():
+    for rule in rules if len(models) == len(sizes) and len(set(sizes)) > 1 else ():
         starts = [_constant(weights.get(rule.name)) for weights in named] if len(rule.dims) < 2 else [None]
         values = [start for start in starts if start]
         if len(values) < len(sizes):

@@ -1100,10 +1100,10 @@ def _is_pointwise(name: str, target: Any) -> bool:
 
 def written_out(operator: torch._ops.OpOverload) -> Callable[..., Any] | None:
     """The composition of others that an operator without a rule is (`hstack`, `cosine_similarity`): they are recorded in its place."""
-    if name_of(operator) in DISTANCES:
-        return DISTANCES[name_of(operator)]
     if _rule(name_of(operator), operator) is not None or not any("Tensor" in str(r.type) for r in operator._schema.returns):
         return None
+    if name_of(operator) in DISTANCES:
+        return DISTANCES[name_of(operator)]
     try:
         return operator.decompose if operator._can_decompose() else None
     except RuntimeError:  # an operator of Python alone

@@ -298,12 +298,6 @@ def _all_of(sizes: _Sizes, call: Call, size: sympy.Expr, power: sympy.Expr) -> s
     return size * max((count**power for count in counts), key=exponent, default=ONE)
 
 
-def _cumulated(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
-    source = call.tensors[0]
-    dims = sizes.growth.axes.dims.get(source, ()) if source is not None else ()
-    return sympy.Mul(*inputs[:1], *(sizes.growth.of(dims[call.get("dim")]) for _ in dims[:1] if sizes.growth.grows(dims[call.get("dim")])))
-
-
 def _scattered(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
     """Sums of those entries that have the same index."""
     own, *_, added = (sizes.growth.axes.dims.get(node, ()) for node in call.tensors if node is not None)
@@ -321,13 +315,9 @@ def _contracted(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Ex
 
 def _fourier(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
     """n^(1/2) times as large in the root of the mean square (Parseval), less what its `norm` divides by."""
-    source = call.tensors[0]
-    dims = sizes.growth.axes.dims.get(source, ()) if source is not None else ()
-    given = call.get("dim", None)
-    which = range(len(dims)) if given is None else [given] if isinstance(given, int) else given
     norm = call.get("norm", None)
     divided = {"ortho": HALF, "forward": ONE}.get(norm, ONE if norm is None and "_i" in call.name else sympy.Integer(0))
-    return sympy.Mul(*inputs, *(sizes.growth.of(dims[i]) ** (HALF - divided) for i in which if dims and sizes.growth.grows(dims[i])))
+    return _reduced(HALF - divided)(sizes, call, inputs)
 
 
 def _first(sizes: _Sizes, call: Call, inputs: list[sympy.Expr]) -> sympy.Expr:
@@ -350,14 +340,13 @@ SIZES: dict[str, Rule] = {
     **{f"aten.fft_{inverse}{kind}{rank}": _fourier for inverse in ("", "i") for kind in ("fft", "rfft") for rank in ("", "2", "n")},
     "aten.mse_loss": _loss(2),
     **{f"aten.{name}": _loss(1) for name in ("l1_loss", "smooth_l1_loss", "huber_loss")},
-    "aten.cumsum": _cumulated,
     **{f"aten.{name}": _scattered for name in ("index_add", "scatter_add")},
     **{
         f"aten.{name}": _first for name in ("relu", "leaky_relu", "abs", "clamp", "clamp_min", "maximum", "minimum", "masked_fill", "where")
     },
     **{f"aten.{name}": _first for name in ("std", "amax", "amin", "max", "min", "mean")},
     "aten.var": _power(sympy.Integer(2)),
-    **{f"aten.{name}": _reduced(ONE) for name in ("sum", "nansum")},
+    **{f"aten.{name}": _reduced(ONE) for name in ("sum", "nansum", "cumsum")},
     "aten.square": _power(sympy.Integer(2)),
     "aten.sqrt": _power(HALF),
     "aten.rsqrt": _power(-HALF),

@@ -11,7 +11,7 @@ from torch import fx
 from scaling.axes import Atom, Axes, Dim
 from scaling.errors import UnsupportedOperator
 from scaling.graph import Call, LayerGraph, Size
-from scaling.operators import GATES, Binding, Label, apply, bind, known, rule_of
+from scaling.operators import GATES, MULTIPLIES, Binding, Label, apply, bind, known, rule_of
 
 __all__ = ["Dot", "Span", "WeightUse", "joined_axes", "sum_of", "uses_of"]
 
@@ -236,7 +236,7 @@ def _use(graph: LayerGraph, axes: Axes, call: Call, chain: tuple[fx.Node, ...]) 
 def _scales_another(graph: LayerGraph, weight: Call, chain: tuple[fx.Node, ...]) -> bool:
     """Whether on the way to data a weight multiplies another, which is the map."""
     return any(
-        graph.calls[product].name in {*PRODUCTS, "aten.div", "aten.divide"}
+        graph.calls[product].name in MULTIPLIES
         and any(n is not factor and n in graph.weight_only and weight not in graph.made_of(n) for n in product.all_input_nodes)
         and not graph.made_of(factor).keys() & set(graph.mains(product))
         for factor, product in pairwise(chain)
